@@ -1,0 +1,1 @@
+"""The rewrites: one technique a file."""
