@@ -1,0 +1,154 @@
+"""What a model costs: multiply-accumulates, parameters and weight bytes, per node and in all.
+
+MACs are those of convolutions and matrix products, the unit in which architectures are published; other operators
+count none. A node that the table lacks, or whose shape is not known, is reported as unknown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from effc.model import STANDARD_DOMAINS, Model
+from effc.table import OpTable
+
+Shapes = Mapping[str, tuple | None]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Cost of some nodes: multiply-accumulates (for the stated batch), parameters, bytes of weights."""
+
+    macs: int = 0
+    parameters: int = 0
+    weight_bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.macs + other.macs, self.parameters + other.parameters, self.weight_bytes + other.weight_bytes)
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """Cost of a model.
+
+    Attributes:
+        total: sum over all nodes; a weight that several nodes read counts once.
+        nodes: node name -> its cost.
+        unknown: node name -> why its cost is not known.
+    """
+
+    total: Cost
+    nodes: Mapping[str, Cost]
+    unknown: Mapping[str, str] = field(default_factory=dict)
+
+
+macs: OpTable = OpTable("MACs")
+MATRIX_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
+
+
+@macs.rule("Conv", "ConvInteger")
+def _conv(node: ir.Node, shapes: Shapes) -> int | None:
+    return _product(shapes, node.outputs[0], _weight_share(shapes, node.inputs[1]))
+
+
+@macs.rule("QLinearConv")
+def _qlinear_conv(node: ir.Node, shapes: Shapes) -> int | None:
+    return _product(shapes, node.outputs[0], _weight_share(shapes, node.inputs[3]))
+
+
+@macs.rule("ConvTranspose")
+def _conv_transpose(node: ir.Node, shapes: Shapes) -> int | None:
+    # Every input element meets the whole kernel: weights are [C, N/groups, kh, kw].
+    return _product(shapes, node.inputs[0], _weight_share(shapes, node.inputs[1]))
+
+
+@macs.rule("Gemm")
+def _gemm(node: ir.Node, shapes: Shapes) -> int | None:
+    a = _shape(shapes, node.inputs[0])
+    transposed = node.attributes.get_int("transA", 0)
+    return None if a is None else _product(shapes, node.outputs[0], a[0] if transposed else a[1])
+
+
+@macs.rule("MatMul", "MatMulInteger")
+def _matmul(node: ir.Node, shapes: Shapes) -> int | None:
+    a = _shape(shapes, node.inputs[0])
+    return _product(shapes, node.outputs[0], a[-1]) if a else None
+
+
+@macs.rule("QLinearMatMul")
+def _qlinear_matmul(node: ir.Node, shapes: Shapes) -> int | None:
+    return _matmul(node, shapes)
+
+
+def _shape(shapes: Shapes, value: ir.Value | None) -> tuple[int, ...] | None:
+    shape = shapes.get(value.name) if value is not None else None
+    return shape if shape is not None and all(isinstance(d, int) for d in shape) else None
+
+
+def _weight_share(shapes: Shapes, weight: ir.Value | None) -> int | None:
+    """Products per output element of a convolution: all of a filter, [N, C/groups, kh, kw] without N."""
+    shape = _shape(shapes, weight)
+    return math.prod(shape[1:]) if shape else None
+
+
+def _product(shapes: Shapes, value: ir.Value, per_element: int | None) -> int | None:
+    shape = _shape(shapes, value)
+    return None if shape is None or per_element is None else math.prod(shape) * per_element
+
+
+def cost(model: Model, batch: int = 1, dims: Mapping[str, int] | None = None) -> ModelCost:
+    """MACs, parameters and weight bytes of a model at a stated batch."""
+    key = ("cost", batch, tuple(sorted((dims or {}).items())))
+    return model.cached(key, lambda: _cost(model, batch, dims or {}))
+
+
+def _cost(model: Model, batch: int, dims: Mapping[str, int]) -> ModelCost:
+    shapes = model.shapes(batch, dims)
+    nodes, unknown = {}, dict(model.not_analysed())
+    counted: set[ir.Value] = set()
+    total = Cost()
+    for node in model.graph:
+        count = 0
+        rule = macs.find(node)
+        if rule is not None:
+            found = rule(node, shapes)
+            if found is None:
+                unknown[node.name] = f"the shapes of {node.op_type} ({node.name}) are not known"
+            count = found or 0
+        own = Cost(macs=count)
+        for value in node.inputs:
+            if value is not None and value not in counted and value.is_initializer():
+                counted.add(value)
+                own += _weight_cost(node, value)
+        if node.op_type in ("Constant", "ConstantOfShape") and node.domain in STANDARD_DOMAINS:
+            own += _constant_cost(node, shapes)
+        nodes[node.name] = own
+        total += own
+    return ModelCost(total, nodes, unknown)
+
+
+def _weight_cost(node: ir.Node, value: ir.Value) -> Cost:
+    tensor = value.const_value
+    if tensor is None:
+        return Cost()
+    scale_or_zero = node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.inputs[0] is not value
+    is_parameter = not scale_or_zero and (
+        tensor.dtype.is_floating_point() or node.op_type == "DequantizeLinear" or "Integer" in node.op_type
+    )
+    return Cost(parameters=tensor.size if is_parameter else 0, weight_bytes=tensor.nbytes)
+
+
+def _constant_cost(node: ir.Node, shapes: Shapes) -> Cost:
+    """A constant node's tensor is stored (Constant) or made at run time (ConstantOfShape: parameters, no bytes)."""
+    shape = _shape(shapes, node.outputs[0])
+    value = node.attributes.get("value")
+    if node.op_type == "Constant":
+        if value is None:
+            return Cost()
+        tensor = value.as_tensor()
+        return Cost(parameters=tensor.size if tensor.dtype.is_floating_point() else 0, weight_bytes=tensor.nbytes)
+    is_float = value is None or value.as_tensor().dtype.is_floating_point()
+    return Cost(parameters=math.prod(shape) if shape and is_float else 0)

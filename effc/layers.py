@@ -1,0 +1,107 @@
+"""Convolutions and dense layers seen alike: weight, output axis, padding, and the patch of input a filter meets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from effc.model import Model, constant_tensor
+
+WEIGHTED = ("Conv", "Gemm", "MatMul")
+
+
+def output_axis(node: ir.Node, rank: int) -> int:
+    """The axis of a layer's weight that runs over its outputs."""
+    if node.op_type == "Conv" or node.attributes.get_int("transB", 0):
+        return 0
+    return rank - 1
+
+
+def bias_value(node: ir.Node) -> ir.Value | None:
+    """The bias of a Conv or Gemm, None where it has none (a MatMul never has)."""
+    return node.inputs[2] if node.op_type != "MatMul" and len(node.inputs) > 2 else None
+
+
+def bias_array(model: Model, node: ir.Node, outputs: int) -> np.ndarray | None:
+    """The bias as one number an output, scaled by Gemm's beta; None where there is none. Raises ValueError."""
+    value = bias_value(node)
+    if value is None:
+        return None
+    array = model.constant(value)
+    if array is None:
+        raise ValueError("its bias is no constant")
+    if array.size not in (1, outputs) or (array.ndim > 1 and array.shape[-1] != array.size):
+        raise ValueError(f"its third operand of shape {array.shape} is no bias along {outputs} outputs")
+    beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
+    return np.broadcast_to(array.reshape(-1), outputs) * np.asarray(beta, array.dtype)
+
+
+def pads(node: ir.Node, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
+    """Padding of a convolution or pool, begins then ends, `auto_pad` resolved for an input of spatial `size`."""
+    spatial = len(size)
+    auto = node.attributes.get_string("auto_pad", "NOTSET")
+    if auto not in ("SAME_UPPER", "SAME_LOWER"):
+        given = [] if auto == "VALID" else list(node.attributes.get_ints("pads", ()))
+        return given or [0] * 2 * spatial
+    steps, gaps = strides(node, spatial), dilations(node, spatial)
+    begins, ends = [], []
+    for i in range(spatial):
+        out = -(-size[i] // steps[i])
+        total = max(0, (out - 1) * steps[i] + gaps[i] * (kernel[i] - 1) + 1 - size[i])
+        less, more = total // 2, total - total // 2
+        begins.append(less if auto == "SAME_UPPER" else more)
+        ends.append(more if auto == "SAME_UPPER" else less)
+    return begins + ends
+
+
+def strides(node: ir.Node, spatial: int) -> list[int]:
+    return list(node.attributes.get_ints("strides", ())) or [1] * spatial
+
+
+def dilations(node: ir.Node, spatial: int) -> list[int]:
+    return list(node.attributes.get_ints("dilations", ())) or [1] * spatial
+
+
+def mean_response(node: ir.Node, mean: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Mean of a layer's output, bias aside, for a weight of its own shape.
+
+    The layer is linear, so this is the mean of its answer to the mean input, zero padding included.
+
+    Args:
+        mean: E[x], of the input's shape without the batch axis.
+        weight: as the layer's own: Conv [N, C/groups, *kernel], Gemm and MatMul a matrix.
+
+    Returns:
+        [N] means over samples and positions.
+    """
+    if node.op_type != "Conv":
+        x = mean.reshape(-1, mean.shape[-1]).mean(axis=0)
+        alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
+        return np.moveaxis(weight, output_axis(node, weight.ndim), 0) @ x * alpha
+    patch = mean_patch(node, mean, weight.shape[2:])
+    groups = node.attributes.get_int("group", 1)
+    filters = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return np.einsum("gnct,gct->gn", filters, patch.reshape(groups, weight.shape[1], -1)).reshape(-1)
+
+
+def mean_patch(node: ir.Node, mean: np.ndarray, kernel: Sequence[int]) -> np.ndarray:
+    """Mean over output positions of the padded input that each kernel tap meets: [C, taps]."""
+    spatial = len(kernel)
+    around = pads(node, mean.shape[1:], kernel)
+    padded = np.pad(mean, [(0, 0), *zip(around[:spatial], around[spatial:], strict=True)])
+    steps, gaps = strides(node, spatial), dilations(node, spatial)
+    sizes = [(padded.shape[1 + i] - gaps[i] * (kernel[i] - 1) - 1) // steps[i] + 1 for i in range(spatial)]
+    taps = []
+    for tap in np.ndindex(*kernel):
+        starts = [t * gaps[i] for i, t in enumerate(tap)]
+        window = [slice(s, s + steps[i] * (sizes[i] - 1) + 1, steps[i]) for i, s in enumerate(starts)]
+        taps.append(padded[(slice(None), *window)].reshape(mean.shape[0], -1).mean(axis=1))
+    return np.stack(taps, axis=1)
+
+
+def constant_weight(node: ir.Node) -> np.ndarray | None:
+    """The weight of a layer when it is a constant."""
+    tensor = constant_tensor(node.inputs[1]) if len(node.inputs) > 1 else None
+    return None if tensor is None else tensor.numpy()

@@ -1,0 +1,69 @@
+"""What the compiler asks of a runtime. A backend (`backends/`) is a class with these methods, found by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from effc.model import Model
+
+
+class Session(Protocol):
+    """A model ready to run."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name for inputs by name."""
+        ...
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What the runtime made of a model when it loaded it.
+
+    Attributes:
+        fused: kind of fused or integer kernel -> how many nodes run as such.
+        fell_back: quantised node -> why it runs in float all the same.
+        difference: largest |optimised - plain| / max |plain| over all outputs on the given feeds, None if not run.
+        notes: what else is worth telling, one sentence each.
+    """
+
+    fused: Mapping[str, int]
+    fell_back: Mapping[str, str]
+    difference: float | None = None
+    notes: tuple[str, ...] = field(default=())
+
+
+class Backend(Protocol):
+    """One runtime."""
+
+    name: str
+
+    def version(self) -> str: ...
+
+    def session(
+        self, model: Model | Path, *, threads: int = 1, optimize: bool = True, expose: Sequence[str] = ()
+    ) -> Session:
+        """Load a model to run it.
+
+        Args:
+            model: in memory, or a file as it was written.
+            threads: intra-op threads.
+            optimize: False loads without graph optimisation and without prepacking: quick, small, the plain meaning.
+            expose: names of inner tensors to return as well.
+
+        Raises:
+            EffcError: the runtime does not take it, in the runtime's words.
+        """
+        ...
+
+    def emit(self, model: Model) -> None:
+        """Lower the model in place to the form that this runtime runs best (opset, IR version)."""
+        ...
+
+    def deployment(self, model: Model, feeds: Mapping[str, np.ndarray] | None = None, threads: int = 1) -> Deployment:
+        """Read the runtime's optimised graph back; with feeds, compare its outputs with the plain graph's."""
+        ...

@@ -1,0 +1,246 @@
+"""Shapes of all tensors: onnx's inference on a copy without weights, onnxruntime's symbolic one for what is left."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+
+from effc.model import SMALL, STANDARD_DOMAINS, Model, constant_tensor, shape_tuple
+
+
+def infer(model: Model, batch: int | None, dims: Mapping[str, int]) -> dict[str, tuple | None]:
+    """Shape of every tensor of the main graph; see `Model.shapes`."""
+    proto = skeleton(model)
+    _fix_dims(proto.graph, batch, dims)
+    proto = onnx.shape_inference.infer_shapes(proto, strict_mode=False, data_prop=True)
+    shapes = _read(proto.graph)
+    # A node's output may be missing altogether, or be there with unknown dimensions.
+    wanted = [v.name for node in model.graph for v in node.outputs if v.name]
+    if any(None in (shapes.get(name) or (None,)) for name in wanted) and len(wanted) < 5000:
+        for name, shape in _symbolic(proto).items():
+            if shapes.get(name) is None or None in shapes[name]:
+                shapes[name] = shape
+    for value in model.graph.initializers.values():
+        shapes[value.name] = shape_tuple(value.shape)
+    return {value.name: shapes.get(value.name) for value in model.values()}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Element type and shape of a tensor, each None where it is not known; unknown dimensions are None."""
+
+    dtype: ir.DataType | None
+    shape: tuple[int | str | None, ...] | None
+
+
+def proven(model: Model) -> dict[str, Fact]:
+    """What follows from the graph's inputs and operators alone, for rewrites that must be right for every input.
+
+    Shapes that the file records for inner tensors and outputs do not count: they may be those of another batch. Nor do
+    onnxruntime's symbolic shapes, which take two symbols for equal where an addition makes that likely.
+    """
+    return model.cached("proven", lambda: _proven(model))
+
+
+def _proven(model: Model) -> dict[str, Fact]:
+    proto = skeleton(model)
+    del proto.graph.value_info[:]
+    for info in proto.graph.output:
+        if info.type.HasField("tensor_type"):
+            info.type.tensor_type.ClearField("shape")
+    graph = onnx.shape_inference.infer_shapes(proto, strict_mode=False, data_prop=True).graph
+    shapes = _read(graph)
+    facts = {}
+    for info in (*graph.input, *graph.value_info, *graph.output):
+        code = info.type.tensor_type.elem_type
+        facts[info.name] = Fact(ir.DataType(code) if code else None, shapes.get(info.name))
+    for value in model.graph.initializers.values():
+        facts[value.name] = Fact(value.dtype, shape_tuple(value.shape))
+    return facts
+
+
+# A number in a shape tensor: known, a dimension by its symbol, or (tensor, index) where only its place is known.
+Number = int | str | tuple[ir.Value, int]
+LONGEST = 32  # numbers in a tensor that may be a shape
+
+
+class ShapeNumbers:
+    """Which numbers stand in the tensors that hold shapes; nodes are followed in the order of the graph.
+
+    It may be asked while the graph is being rewritten: what it knows is kept by tensor, not by name.
+    """
+
+    def __init__(self, model: Model) -> None:
+        facts = proven(model)
+        self._facts = {v: facts[v.name] for v in model.values() if v.name in facts}
+        self._numbers: dict[ir.Value, tuple[Number, ...]] = {}
+
+    def fact(self, value: ir.Value | None) -> Fact:
+        """Type and shape that are proven; see `proven`."""
+        tensor = constant_tensor(value)
+        if tensor is not None:
+            return Fact(tensor.dtype, tuple(tensor.shape.numpy()))
+        return Fact(None, None) if value is None else self._facts.get(value, Fact(None, None))
+
+    def dimensions(self, value: ir.Value | None) -> tuple[Number, ...] | None:
+        """The tensor's own shape, as Shape would give it."""
+        shape = self.fact(value).shape
+        if value is None or shape is None:
+            return None
+        return tuple((value, axis) if d is None else d for axis, d in enumerate(shape))
+
+    def of(self, value: ir.Value | None) -> tuple[Number, ...] | None:
+        """The numbers in an int64 tensor of rank 0 or 1 and known length, else None."""
+        fact = self.fact(value)
+        if value is None or fact.dtype != ir.DataType.INT64 or fact.shape is None or len(fact.shape) > 1:
+            return None
+        length = fact.shape[0] if fact.shape else 1
+        if not isinstance(length, int) or length > LONGEST:
+            return None
+        if value not in self._numbers:
+            tensor = constant_tensor(value)
+            places = tuple((value, index) for index in range(length))
+            self._numbers[value] = places if tensor is None else tuple(tensor.numpy().ravel().tolist())
+        return self._numbers[value]
+
+    def follow(self, node: ir.Node) -> tuple[Number, ...] | None:
+        """The numbers in a node's output, where the node only moves them; they are remembered."""
+        rule = _MOVES.get(node.op_type)
+        if rule is None or node.domain not in STANDARD_DOMAINS or len(node.outputs) != 1:
+            return None
+        places, numbers = self.of(node.outputs[0]), rule(self, node)
+        if places is None or numbers is None or len(numbers) != len(places):
+            return None
+        self._numbers[node.outputs[0]] = numbers
+        return numbers
+
+    def _shape(self, node: ir.Node) -> tuple[Number, ...] | None:
+        numbers = self.dimensions(node.inputs[0])
+        start, end = (node.attributes.get_int(key, None) for key in ("start", "end"))
+        return None if numbers is None else numbers[start:end]
+
+    def _size(self, node: ir.Node) -> tuple[Number, ...] | None:
+        numbers = self.dimensions(node.inputs[0])
+        known = numbers is not None and all(isinstance(n, int) for n in numbers)
+        return (math.prod(numbers),) if known else None
+
+    def _same(self, node: ir.Node) -> tuple[Number, ...] | None:
+        return self.of(node.inputs[0])
+
+    def _gather(self, node: ir.Node) -> tuple[Number, ...] | None:
+        numbers, indices = self.of(node.inputs[0]), constant_tensor(node.inputs[1])
+        if numbers is None or indices is None or self.fact(node.inputs[0]).shape == ():
+            return None
+        places = indices.numpy().ravel().tolist()
+        return tuple(numbers[i] for i in places) if all(-len(numbers) <= i < len(numbers) for i in places) else None
+
+    def _concat(self, node: ir.Node) -> tuple[Number, ...] | None:
+        parts = [self.of(value) for value in node.inputs]
+        return None if None in parts else tuple(n for part in parts for n in part)
+
+    def _slice(self, node: ir.Node) -> tuple[Number, ...] | None:
+        numbers = self.of(node.inputs[0])
+        bounds = slice_bounds(node)
+        if numbers is None or bounds is None or len(bounds[0]) != 1:
+            return None
+        (start,), (end,), _, (step,) = bounds
+        return numbers[start:end:step]
+
+
+_MOVES = {
+    "Shape": ShapeNumbers._shape,
+    "Size": ShapeNumbers._size,
+    "Identity": ShapeNumbers._same,
+    "Cast": ShapeNumbers._same,
+    "Squeeze": ShapeNumbers._same,
+    "Unsqueeze": ShapeNumbers._same,
+    "Reshape": ShapeNumbers._same,
+    "Gather": ShapeNumbers._gather,
+    "Concat": ShapeNumbers._concat,
+    "Slice": ShapeNumbers._slice,
+}
+
+
+def slice_bounds(node: ir.Node) -> tuple[list[int], list[int], list[int] | None, list[int]] | None:
+    """Starts, ends, axes (None: all from the first) and steps of a Slice of any opset; None unless all are constant."""
+    found: list[list[int] | None] = []
+    for index, key in enumerate(("starts", "ends", "axes", "steps"), start=1):
+        value = node.inputs[index] if index < len(node.inputs) else None
+        tensor = constant_tensor(value)
+        if value is not None and tensor is None:
+            return None
+        found.append(node.attributes.get_ints(key, None) if tensor is None else tensor.numpy().ravel().tolist())
+    starts, ends, axes, steps = found
+    if starts is None or ends is None:
+        return None
+    return list(starts), list(ends), axes, steps or [1] * len(starts)
+
+
+def skeleton(model: Model) -> onnx.ModelProto:
+    """The model as a message without its large weights, which become graph inputs of the same name and shape."""
+    copy = model.ir.clone()
+    for value in list(copy.graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or tensor.size <= SMALL:
+            continue
+        value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
+        del copy.graph.initializers[value.name]
+        if value not in copy.graph.inputs:
+            copy.graph.inputs.append(value)
+    return ir.to_proto(copy)
+
+
+def _fix_dims(graph: onnx.GraphProto, batch: int | None, dims: Mapping[str, int]) -> None:
+    """Put numbers for symbols into the inputs; forget recorded inner shapes, which would contradict them."""
+    if batch is None and not dims:
+        return
+    values = dict(dims)
+    for info in graph.input:
+        shape = info.type.tensor_type.shape.dim
+        if batch is not None and shape and not shape[0].HasField("dim_value"):
+            if shape[0].dim_param:
+                values.setdefault(shape[0].dim_param, batch)
+            else:
+                shape[0].dim_value = batch
+    for info in (*graph.input, *graph.output):
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.dim_param in values:
+                dim.dim_value = values[dim.dim_param]
+    del graph.value_info[:]
+
+
+def _read(graph: onnx.GraphProto) -> dict[str, tuple | None]:
+    shapes: dict[str, tuple | None] = {}
+    for info in (*graph.input, *graph.value_info, *graph.output):
+        if not info.type.tensor_type.HasField("shape"):
+            continue
+        shapes[info.name] = tuple(
+            d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in info.type.tensor_type.shape.dim
+        )
+    return shapes
+
+
+def _symbolic(proto: onnx.ModelProto) -> dict[str, tuple | None]:
+    """What onnxruntime's symbolic inference finds; nothing when it gives up, which it does by many exceptions."""
+    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
+
+    logger = logging.getLogger("onnxruntime.tools.symbolic_shape_infer")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        inferred = SymbolicShapeInference.infer_shapes(proto, auto_merge=True, guess_output_rank=False)
+    except Exception:  # its failures have no common type, and it is a second opinion only
+        return {}
+    finally:
+        logger.setLevel(level)
+    return _read(inferred.graph)
+
+
+def stored_size(model: Model) -> int:
+    """Bytes that the model takes as files, its external data included."""
+    return skeleton(model).ByteSize() + sum(t.nbytes for t in model.tensors() if t.size > SMALL)

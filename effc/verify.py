@@ -1,0 +1,120 @@
+"""The written rules of a valid model, run after every pass; and whether two models compute the same.
+
+Each rule is a row: a function `Model -> iterator of complaints`. `verify` raises on the first complaint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import onnx
+
+from effc.errors import InvalidModel
+from effc.model import Model
+from effc.runtime import Backend
+from effc.shapes import skeleton
+
+RULES: list[Callable[[Model], Iterator[str]]] = []
+
+
+def _rule(function: Callable[[Model], Iterator[str]]) -> Callable[[Model], Iterator[str]]:
+    RULES.append(function)
+    return function
+
+
+@_rule
+def every_name_is_its_own(model: Model) -> Iterator[str]:
+    seen: set[str] = set()
+    for value in model.values():
+        if value.name in seen:
+            yield f"two tensors are called {value.name!r}"
+        seen.add(value.name or "")
+    names = [node.name for node in model.graph]
+    if len(set(names)) != len(names):
+        duplicate = next(n for n in names if names.count(n) > 1)
+        yield f"two nodes are called {duplicate!r}"
+
+
+@_rule
+def every_input_is_made_before_it_is_read(model: Model) -> Iterator[str]:
+    made = {v.name for v in model.graph.inputs} | set(model.graph.initializers)
+    for node in model.graph:
+        for value in node.inputs:
+            if value is not None and value.name not in made:
+                yield f"{node.op_type} {node.name!r} reads {value.name!r}, which nothing before it makes"
+        made.update(v.name for v in node.outputs)
+    for value in model.graph.outputs:
+        if value.name not in made:
+            yield f"output {value.name!r} is made by no node"
+
+
+@_rule
+def every_weight_has_numbers(model: Model) -> Iterator[str]:
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            yield f"weight {name!r} has no numbers"
+        elif value.shape is not None and tuple(value.shape) != tuple(value.const_value.shape):
+            yield f"weight {name!r} says {value.shape} and holds {value.const_value.shape}"
+
+
+@_rule
+def the_onnx_checker_accepts_it(model: Model) -> Iterator[str]:
+    try:
+        onnx.checker.check_model(skeleton(model))
+    except onnx.checker.ValidationError as error:
+        yield str(error).strip().splitlines()[0]
+
+
+def verify(model: Model, before: Model | None = None) -> None:
+    """Hold a model to the rules, and to the inputs and outputs of the model before the pass.
+
+    Raises:
+        InvalidModel: naming the first rule that is broken and what was found.
+    """
+    for rule in RULES:
+        for complaint in rule(model):
+            raise InvalidModel(f"{rule.__name__.replace('_', ' ')}: {complaint}")
+    if before is None:
+        return
+    for kind in ("inputs", "outputs"):
+        was, now = getattr(before, kind), getattr(model, kind)
+        if [(t.name, t.dtype) for t in was] != [(t.name, t.dtype) for t in now]:
+            raise InvalidModel(f"the {kind} changed: they were {[t.name for t in was]}, now {[t.name for t in now]}")
+        for a, b in zip(was, now, strict=True):
+            if a.shape is not None and b.shape is not None and a.shape != b.shape:
+                raise InvalidModel(f"{a.name!r} had the shape {a.shape}, now {b.shape}")
+
+
+def difference(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+    """Largest max|a - b| / max|a| over the outputs; infinite where shapes differ or only one holds NaN."""
+    worst = 0.0
+    for name, x in a.items():
+        y = b[name]
+        if x.shape != y.shape:
+            return float("inf")
+        if not x.size or x.dtype.kind not in "fiub":
+            worst = max(worst, 0.0 if np.array_equal(x, y) else float("inf"))
+            continue
+        x, y = x.astype(np.float64), y.astype(np.float64)
+        special = ~np.isfinite(x)
+        if special.any() or not np.isfinite(y).all():
+            if not np.array_equal(x[special], y[special], equal_nan=True) or not np.isfinite(y[~special]).all():
+                return float("inf")
+            x, y = x[~special], y[~special]
+            if not x.size:
+                continue
+        scale = np.abs(x).max()
+        gap = np.abs(x - y).max()
+        worst = max(worst, float(gap / scale) if scale > 0 else float(gap))
+    return worst
+
+
+def equivalent(a: Model, b: Model, feeds: Mapping[str, np.ndarray], tolerance: float, backend: Backend) -> bool:
+    """Whether two models give the same outputs: max|a - b| / max|a| <= tolerance, both run without optimisation."""
+    return drift(a, b, feeds, backend) <= tolerance
+
+
+def drift(a: Model, b: Model, feeds: Mapping[str, np.ndarray], backend: Backend) -> float:
+    """`difference` of the outputs of two models on the same feeds, both run without the runtime's optimisations."""
+    return difference(backend.session(a, optimize=False).run(feeds), backend.session(b, optimize=False).run(feeds))
