@@ -1,0 +1,225 @@
+"""onnxruntime on the CPU: runs models, states what it takes, and tells what it made of them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+from onnx import TensorProto, helper
+
+from effc.capture import load
+from effc.edit import ir_version_of
+from effc.errors import BadInput, EffcError
+from effc.model import Model
+from effc.runtime import Deployment
+from effc.save import SMALL_BYTES, message, reference
+
+from ._onnxruntime_graph import read_back
+
+SHAPES_BYTES = 1 << 16  # int64 weights up to this stay in the message: they may be shapes, which loading has to read
+
+
+class OnnxRuntime:
+    """The backend of that name; see `effc.runtime.Backend`.
+
+    Attributes:
+        runs_in_caller: with one thread a session works in the thread that calls it, so that thread's time is its cost.
+    """
+
+    name = "onnxruntime"
+    runs_in_caller = True
+
+    def version(self) -> str:
+        return ort.__version__
+
+    def session(
+        self, model: Model | Path, *, threads: int = 1, optimize: bool = True, expose: Sequence[str] = ()
+    ) -> OnnxRuntimeSession:
+        """See `effc.runtime.Backend`. Weights of a Model are handed over by address; onnxruntime copies them once.
+
+        Raises:
+            BadInput: `expose` names a tensor that the main graph does not have.
+            EffcError: onnxruntime does not take the model, in its words.
+        """
+        if expose and not isinstance(model, Model):
+            model = load(model)
+        options = session_options(threads, optimize)
+        if not isinstance(model, Model):
+            return OnnxRuntimeSession(os.fspath(model), options, Path(model).name)
+        proto, weights = _split(model, expose)
+        # Read while the session is made; what is kept alive until then is kept by this frame.
+        options.add_external_initializers(list(weights), list(weights.values()))
+        return OnnxRuntimeSession(proto.SerializeToString(), options, model.name)
+
+    def emit(self, model: Model) -> None:
+        """Set the file format version to one that the opset needs and the installed onnxruntime reads.
+
+        Raises:
+            BadInput: the model's opset is newer than the installed onnxruntime.
+        """
+        newest_opset, newest_ir = newest_versions()
+        if model.opset > newest_opset:
+            raise BadInput(
+                f"{model.name} is of opset {model.opset}; onnxruntime {ort.__version__} runs up to {newest_opset}:"
+                " export it at an older opset or install a newer onnxruntime"
+            )
+        # Weights that are no graph inputs need version 4, local functions version 8.
+        lowest = max(ir_version_of(model.opset), 8 if model.ir.functions else 4)
+        version = min(max(model.ir.ir_version or 0, lowest), newest_ir)
+        if version != model.ir.ir_version:
+            model.ir.ir_version = version
+            model.touch()
+
+    def deployment(self, model: Model, feeds: Mapping[str, np.ndarray] | None = None, threads: int = 1) -> Deployment:
+        """See `effc.runtime.Backend`."""
+        proto, weights = _split(model)
+
+        def make(options: ort.SessionOptions) -> OnnxRuntimeSession:
+            options.add_external_initializers(list(weights), list(weights.values()))
+            return OnnxRuntimeSession(proto.SerializeToString(), options, model.name)
+
+        fused, fell_back, notes = read_back(model, make, session_options(threads))
+        difference = None
+        if feeds is not None:
+            plain = make(session_options(threads, optimize=False)).run(feeds)
+            difference = largest_difference(make(session_options(threads)).run(feeds), plain)
+        return Deployment(fused, fell_back, difference, notes)
+
+
+class OnnxRuntimeSession:
+    """A loaded model; see `effc.runtime.Session`.
+
+    Attributes:
+        inputs, outputs: their names, in the model's order.
+    """
+
+    def __init__(self, source: str | bytes, options: ort.SessionOptions, name: str) -> None:
+        try:
+            self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's exceptions have no base of their own
+            raise EffcError(f"onnxruntime does not load {name}: {one_line(error)}") from error
+        self._name = name
+        self.inputs = tuple(i.name for i in self._session.get_inputs())
+        self.outputs = tuple(o.name for o in self._session.get_outputs())
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name for inputs by name. Raises EffcError, in onnxruntime's words."""
+        try:
+            results: Sequence[Any] = self._session.run(None, feeds)
+        except Exception as error:
+            raise EffcError(f"onnxruntime does not run {self._name}: {one_line(error)}") from error
+        return dict(zip(self.outputs, results, strict=True))
+
+
+def session_options(threads: int = 1, optimize: bool = True) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def _split(model: Model, expose: Sequence[str] = ()) -> tuple[onnx.ModelProto, dict[str, ort.OrtValue]]:
+    """The model as a message without its larger weights, and those by name, not copied."""
+    weights: dict[str, ort.OrtValue] = {}
+
+    def prepare(copy: ir.Model) -> None:
+        if expose:
+            _expose(copy.graph, expose)
+        for name, value in list(copy.graph.initializers.items()):
+            # A weight that nothing reads is gone by the time onnxruntime looks for those handed over.
+            if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
+                del copy.graph.initializers[name]
+
+    def place(name: str, tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
+        if tensor.nbytes <= (SHAPES_BYTES if tensor.dtype == ir.DataType.INT64 else SMALL_BYTES):
+            return None
+        value = _ort_value(tensor)
+        if value is None:
+            return None
+        weights[name] = value
+        return reference(name, tensor, "in-memory", 0)
+
+    return message(model, place, changed=prepare), weights
+
+
+def _ort_value(tensor: ir.TensorProtocol) -> ort.OrtValue | None:
+    """The tensor's own memory as an OrtValue, which keeps the array alive; None for what has no such form."""
+    if tensor.dtype == ir.DataType.STRING or tensor.dtype.bitwidth < 8:
+        return None
+    array = np.ascontiguousarray(tensor.numpy())
+    if tensor.dtype.numpy().isbuiltin == 1:  # asked of the type: an array of mapped memory says 0
+        return ort.OrtValue.ortvalue_from_numpy(array)
+    if tensor.dtype.bitwidth in (8, 16):  # bfloat16 and the 8-bit floats, which NumPy has not by itself
+        array = array.view(f"u{tensor.dtype.bitwidth // 8}")
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(tensor.dtype))
+    return None
+
+
+def _expose(graph: ir.Graph, names: Sequence[str]) -> None:
+    values = {v.name: v for v in (*graph.inputs, *graph.initializers.values())}
+    values |= {v.name: v for node in graph for v in node.outputs}
+    for name in dict.fromkeys(names):
+        if name not in values:
+            raise BadInput(f"no tensor is called {name!r}")
+        if not values[name].is_graph_output():
+            # onnxruntime infers the type itself; a recorded one may be stale.
+            graph.outputs.append(values[name])
+
+
+@functools.cache
+def newest_versions() -> tuple[int, int]:
+    """The newest opset and file format version that the installed onnxruntime reads, found by trying."""
+
+    def runs(opset: int, ir_version: int) -> bool:
+        x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1]) for n in "xy")
+        graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [x], [y])
+        opsets = [helper.make_opsetid("", opset)]
+        proto = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
+        options = session_options()
+        options.log_severity_level = 4
+        try:
+            ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        except Exception:  # refused, which is the answer
+            return False
+        return True
+
+    opset, version = 17, 8
+    while runs(opset + 1, version):
+        opset += 1
+    while runs(17, version + 1):
+        version += 1
+    return opset, version
+
+
+def largest_difference(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+    """Largest max|a - b| / max|b| over all outputs; infinite where one is NaN alone or shapes differ."""
+    worst = 0.0
+    for name, right in b.items():
+        left = a[name]
+        if not isinstance(right, np.ndarray) or right.dtype.kind not in "fiub" or not right.size:
+            continue
+        if left.shape != right.shape or not np.array_equal(np.isfinite(left), np.isfinite(right)):
+            return float("inf")
+        finite = np.isfinite(right)
+        left, right = left[finite].astype(np.float64), right[finite].astype(np.float64)
+        gap, scale = np.abs(left - right).max(initial=0.0), np.abs(right).max(initial=0.0)
+        worst = max(worst, gap / scale if scale else (float("inf") if gap else 0.0))
+    return worst
+
+
+def one_line(error: BaseException) -> str:
+    """onnxruntime's words without its prefix and line breaks."""
+    words = " ".join(str(error).split())
+    return words.removeprefix("[ONNXRuntimeError] : ") or type(error).__name__
