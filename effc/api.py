@@ -1,0 +1,268 @@
+"""`effc.optimize`: a recipe, run under the user's limits, with its whole record."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+import effc
+from effc import edit, registry, target
+from effc.capture import from_proto, load
+from effc.contract import Context, Pass, Progress, no_progress
+from effc.cost import cost
+from effc.data import Data, DataSpec, open_data
+from effc.errors import BadInput, EffcError, RequirementNotMet
+from effc.guard import Guard
+from effc.history import KEPT, UNDONE, Accuracy, History, Snapshot
+from effc.manager import PassManager
+from effc.measure import random_feeds
+from effc.model import Model
+from effc.recipe import build, describe, format_calls, parse
+from effc.runtime import Backend
+from effc.shapes import stored_size
+
+Spec = str | Path | Mapping[str, Any] | DataSpec | Data
+DEFAULT_PASSES = "simplify,fold-batchnorm,int8"
+DEFAULT_MAX_DROP = 1.0  # points, with labelled evaluation data
+GOALS = ("latency", "size", "macs")
+
+
+@dataclass(frozen=True)
+class Result:
+    """The optimised model (the original's graph when nothing was kept) and the record of what was done."""
+
+    model: Model
+    history: History
+
+
+def optimize(
+    model: Model | onnx.ModelProto | str | os.PathLike,
+    passes: str | Sequence[Pass] = DEFAULT_PASSES,
+    *,
+    calibrate: Spec | None = None,
+    evaluate: Spec | None = None,
+    max_drop: float | None = None,
+    min_speedup: float | None = None,
+    max_size: float | None = None,
+    goal: str = "latency",
+    target_name: str | None = None,
+    batch: int | None = None,
+    dims: Mapping[str, int] | None = None,
+    threads: int = 1,
+    measure: bool = True,
+    force: bool = False,
+    seed: int = 0,
+    replay: History | None = None,
+    progress: Progress = no_progress,
+) -> Result:
+    """Run passes over a model; keep what is right, accurate enough and pays.
+
+    Args:
+        model: a Model, a file, or a message. It is never changed.
+        passes: pass objects, or a recipe such as "simplify,int8{calibrator=mse}".
+        calibrate: data to look at activations with.
+        evaluate: data to judge accuracy on.
+        max_drop: points of the metric that may be lost; with labelled evaluation data 1 unless given.
+        min_speedup: required speed of the result over the original, as measured.
+        max_size: required size of the result, as a share of the original's.
+        goal: what the guard judges rewrites by: "latency", "size" or "macs".
+        target_name: what to optimise for; None means onnxruntime on this processor.
+        batch, dims, threads: what to measure at; `dims` gives symbolic dimensions but the batch their sizes. A batch
+            of None is the model's own where it is fixed, else 1.
+        measure: False times nothing; the record calls the result unproven.
+        force: keep what does not pay, and drop the default limit on accuracy; the record still says so.
+        replay: the record of an earlier run whose decisions are taken over instead of judged again.
+
+    Raises:
+        BadInput: model, data or options cannot be used.
+        RequirementNotMet: min_speedup or max_size was not reached; its `result` holds the best that was.
+        PassFailed: a pass broke its contract.
+    """
+    started = time.perf_counter()
+    if goal not in GOALS:
+        raise BadInput(f"unknown goal {goal!r}; there are {', '.join(GOALS)}")
+    if min_speedup is not None and not measure:
+        raise BadInput("a minimum speed-up has to be measured: leave out --no-measure or --min-speedup")
+    if max_drop is not None and evaluate is None:
+        raise BadInput("a largest drop needs evaluation data: give --evaluate SPEC (Python: evaluate=...)")
+    original = as_model(model)
+    steps = build(parse(passes)) if isinstance(passes, str) else tuple(passes)
+    aim = target.find(target_name)
+    backend = registry.backend(aim.runtime)
+    batch = original.batch or 1 if batch is None else batch
+    calibration, evaluation = (None if s is None else open_data(s).for_model(original) for s in (calibrate, evaluate))
+    feeds = real_feeds(original, batch, dims or {}, calibration or evaluation, seed)
+    _runs(original, backend, feeds)
+    if max_drop is None and evaluation is not None and evaluation.labelled and not force:
+        max_drop = DEFAULT_MAX_DROP
+    context = Context(
+        original=original,
+        target=aim,
+        backend=backend,
+        calibration=calibration,
+        batch=batch,
+        dims=dims or {},
+        threads=threads,
+        seed=seed,
+        progress=progress,
+    )
+    guard = Guard(
+        original=original,
+        backend=backend,
+        feeds=feeds,
+        goal=goal,
+        evaluation=evaluation,
+        max_drop=max_drop,
+        force=force,
+        measure=measure,
+        threads=threads,
+        batch=batch,
+        dims=dims or {},
+        seed=seed,
+        progress=progress,
+    )
+    before = Snapshot(cost(original, batch, dims).total, stored_size(original), len(original.graph))
+    history = History(
+        model=original.name,
+        recipe=format_calls([describe(step) for step in steps]),
+        target=aim.name,
+        goal=goal,
+        batch=batch,
+        threads=threads,
+        seed=seed,
+        versions=_versions(backend),
+        data={k: d.digest for k, d in (("calibrate", calibration), ("evaluate", evaluation)) if d is not None},
+        original=before,
+        final=before,
+        notes=[*original.notes, *_data_notes(calibration, evaluation)],
+    )
+    manager = PassManager(context, guard, None if replay is None else replay.stages)
+    outcome = manager.run(original, steps)
+    history.stages, history.node_map = outcome.stages, outcome.node_map
+    result = _finish(history, guard, original, outcome.model, context)
+    history.seconds = time.perf_counter() - started
+    _require(history, result, min_speedup, max_size)
+    return result
+
+
+def as_model(model: Model | onnx.ModelProto | str | os.PathLike) -> Model:
+    """Whatever names a model, as a Model."""
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, onnx.ModelProto):
+        return from_proto(model)
+    if isinstance(model, ir.Model):
+        return Model(model)
+    return load(model)
+
+
+def real_feeds(
+    model: Model, batch: int, dims: Mapping[str, int], data: Data | None, seed: int = 0
+) -> dict[str, np.ndarray]:
+    """Inputs at the stated batch: the first samples of the data, repeated where they are too few; else made up."""
+    if model.batch is not None and model.batch != batch:
+        raise BadInput(f"the model's batch is fixed at {model.batch}; --batch {batch} cannot be measured")
+    if data is None:
+        return random_feeds(model, batch, dims, seed)
+    samples = next(iter(data.first(batch).batches(batch))).feeds
+    return {name: np.resize(array, (batch, *array.shape[1:])) for name, array in samples.items()}
+
+
+def _runs(model: Model, backend: Backend, feeds: Mapping[str, np.ndarray]) -> None:
+    try:
+        backend.session(model, optimize=False).run(feeds)
+    except BadInput:
+        raise
+    except EffcError as error:
+        raise BadInput(f"{backend.name} cannot run {model.name} as it is: {error}") from error
+
+
+def _versions(backend: Backend) -> dict[str, str]:
+    return {
+        "effc": effc.__version__,
+        "onnx": onnx.__version__,
+        "onnx_ir": ir.__version__,
+        backend.name: backend.version(),
+        "numpy": np.__version__,
+    }
+
+
+def _data_notes(calibration: Data | None, evaluation: Data | None) -> list[str]:
+    if calibration is None or evaluation is None:
+        return []
+    shared = calibration.overlap(evaluation)
+    if not shared:
+        return []
+    return [
+        f"calibration and evaluation share {shared} samples: the accuracy reported is too good; use start and limit"
+    ]
+
+
+def _finish(history: History, guard: Guard, original: Model, reached: Model, context: Context) -> Result:
+    """Judge the whole against the original, lower it for the runtime, and complete the record."""
+    changed = reached.revision != original.revision
+    if guard.evaluation is not None:
+        history.original.accuracy = guard.accuracy(original)
+    if changed and guard.measure:
+        history.latency = _last_latency(history) or guard.latency(original, reached)
+        if history.latency.slower and guard.goal == "latency" and not guard.force:
+            # Each stage may lose up to the noise; together they must not.
+            for stage in history.stages:
+                if stage.status == KEPT:
+                    stage.status, stage.cause = UNDONE, "goal"
+                    stage.reason = f"the whole is slower than the original: {history.latency.describe()}"
+                    for record in stage.passes:
+                        record.status, record.reason = UNDONE, stage.reason
+            reached, changed, history.latency = original, False, None
+            history.node_map = {node.name: (node.name,) for node in original.graph}
+    final = reached.clone()
+    context.backend.emit(final)
+    if changed:
+        _sign(final, history)
+    accuracy: Accuracy | None = guard.accuracy(reached) if guard.evaluation is not None else None
+    batch, dims = context.batch, context.dims
+    history.final = Snapshot(cost(final, batch, dims).total, stored_size(final), len(final.graph), accuracy)
+    deployment = context.backend.deployment(final, guard.feeds, context.threads)
+    history.fused, history.fell_back = dict(deployment.fused), dict(deployment.fell_back)
+    history.deployed_difference = deployment.difference
+    history.notes += deployment.notes
+    if not guard.measure:
+        history.unproven.append("latency was not measured")
+    if guard.evaluation is None and any(s.status == KEPT and not r.exact for s in history.stages for r in s.passes):
+        history.unproven.append("nothing is known about accuracy: no evaluation data were given")
+    history.unproven += [text for stage in history.stages for text in stage.unproven if text not in history.unproven]
+    return Result(final, history)
+
+
+def _last_latency(history: History):
+    """The latency of the only stage that was kept is that of the whole."""
+    kept = [stage for stage in history.stages if stage.status == KEPT]
+    return kept[0].latency if len(kept) == 1 else None
+
+
+def _sign(model: Model, history: History) -> None:
+    """Write into the file's metadata how it came about."""
+    signature = {"effc.version": effc.__version__, "effc.recipe": history.recipe, "effc.target": history.target}
+    signature |= {f"effc.data.{role}": digest for role, digest in history.data.items()}
+    edit.set_metadata(model, signature)
+
+
+def _require(history: History, result: Result, min_speedup: float | None, max_size: float | None) -> None:
+    if min_speedup is not None:
+        speedup = 1 / history.latency.ratio if history.latency else 1.0
+        if speedup < min_speedup:
+            history.unmet.append(f"the result is {speedup:.2f}x as fast as the original, {min_speedup:g}x was required")
+    if max_size is not None:
+        share = history.final.size / history.original.size
+        if share > max_size:
+            history.unmet.append(f"the result has {share:.2f} of the original's size, {max_size:g} was required")
+    if history.unmet:
+        raise RequirementNotMet("; ".join(history.unmet), result)

@@ -1,0 +1,244 @@
+"""The `effc` command. Exit status: 0 done, 1 a pass failed, 2 bad input, 3 a stated requirement was not met."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import effc
+from effc import api, registry
+from effc.contract import no_progress
+from effc.cost import cost
+from effc.data import open_data
+from effc.errors import BadInput, EffcError, RequirementNotMet
+from effc.evaluate import evaluate
+from effc.history import Accuracy, History, Snapshot
+from effc.measure import compare as compare_latency
+from effc.recipe import load_recipe, options
+from effc.report import report, totals, write_html
+
+# typer carries click under its own name or, in older releases, imports it: this is its base of usage errors.
+UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=effc.__doc__)
+
+Batch = Annotated[int | None, typer.Option(min=1, help="Samples an inference when measuring [default: 1]")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of the runtime")]
+Dims = Annotated[list[str] | None, typer.Option("--dim", help="Size of a symbolic dimension, name=value")]
+Evaluate = Annotated[str | None, typer.Option(help="Data to judge accuracy on: SPEC.yaml{key=value,...}")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version")] = False) -> None:
+    if version:
+        typer.echo(effc.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def optimize(
+    model: Annotated[Path, typer.Argument(help="An .onnx file")],
+    passes: Annotated[str | None, typer.Option(help=f"Recipe [default: {api.DEFAULT_PASSES}]")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="Recipe as a YAML file")] = None,
+    calibrate: Annotated[str | None, typer.Option(help="Data to look at activations with")] = None,
+    evaluate: Evaluate = None,
+    max_drop: Annotated[float | None, typer.Option(min=0, help="Points to lose at most [default: 1]")] = None,
+    min_speedup: Annotated[float | None, typer.Option(min=0, help="Required speed over the original")] = None,
+    max_size: Annotated[float | None, typer.Option(min=0, help="Required size, a share of the original's")] = None,
+    goal: Annotated[str, typer.Option(help="What must fall: " + ", ".join(api.GOALS))] = "latency",
+    target: Annotated[str | None, typer.Option(help="Runtime and device [default: this machine]")] = None,
+    batch: Batch = None,
+    threads: Threads = 1,
+    dim: Dims = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random")] = 0,
+    measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time models on the runtime")] = True,
+    force: Annotated[bool, typer.Option("--force", help="Keep and write what does not pay")] = False,
+    replay: Annotated[Path | None, typer.Option(help="Take over the decisions of this JSON report")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: MODEL-effc.onnx]")] = None,
+    external: Annotated[bool, typer.Option("--external-data", help="Weights in a file of their own")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the report here as JSON")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report here as one HTML page")] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Rewrite MODEL with passes; keep what is right, accurate enough and pays."""
+    if passes is not None and recipe is not None:
+        raise BadInput("give --passes or --recipe, not both")
+    destination = output or model.with_name(f"{model.stem}-effc.onnx")
+    _check_output(destination, model)
+    for path in (json, html):
+        if path is not None:
+            _check_output(path, model)
+    told = None if replay is None else History.from_json(_read(replay))
+    unmet = None
+    with _bars(quiet) as progress:
+        try:
+            result = api.optimize(
+                model,
+                load_recipe(recipe) if recipe else passes or (told.recipe if told else api.DEFAULT_PASSES),
+                calibrate=calibrate,
+                evaluate=evaluate,
+                max_drop=max_drop,
+                min_speedup=min_speedup,
+                max_size=max_size,
+                goal=goal,
+                target_name=target,
+                batch=batch,
+                dims=_dims(dim),
+                threads=threads,
+                measure=measure,
+                force=force,
+                seed=seed,
+                replay=told,
+                progress=progress,
+            )
+        except RequirementNotMet as error:
+            unmet, result = error, error.result
+        if unmet is None or force:
+            effc.save(result.model, destination, external=external or None)
+    history = result.history
+    if not quiet:
+        console = Console()
+        console.print(report(history))
+        if unmet is None or force:
+            console.print(f"written: {destination}", soft_wrap=True)
+    if json is not None:
+        json.write_text(history.to_json(), encoding="utf-8")
+    if html is not None:
+        write_html(history, html)
+    if unmet is not None:
+        raise unmet
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="An .onnx file")],
+    b: Annotated[Path, typer.Argument(help="Another, with the same inputs")],
+    evaluate: Evaluate = None,
+    batch: Batch = None,
+    threads: Threads = 1,
+    dim: Dims = None,
+    seed: Annotated[int, typer.Option(help="Seed of inputs that are made up")] = 0,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Set two models beside each other: accuracy, agreement, size, MACs, latency measured in turns."""
+    with _bars(quiet) as progress:
+        before, after, latency = _compared(a, b, evaluate, batch, threads, _dims(dim), seed, progress)
+    table = Table("", a.name, b.name, "ratio")
+    for row in totals(before, after, latency):
+        table.add_row(*row)
+    Console().print(table)
+
+
+@app.command()
+def passes(
+    name: Annotated[str | None, typer.Argument(help="One pass, with its options")] = None,
+    debug: Debug = False,
+) -> None:
+    """List the passes, or the options of one."""
+    console = Console()
+    if name is None:
+        table = Table("pass", "kind", "what it does")
+        for known in registry.pass_names():
+            cls = registry.pass_class(known)
+            table.add_row(known, "exact" if cls.exact else "lossy", (cls.__doc__ or "").strip().splitlines()[0])
+        console.print(table)
+        return
+    cls = registry.pass_class(name)
+    console.print((cls.__doc__ or "").strip())
+    table = Table("option", "type", "default", "meaning")
+    for option in options(cls):
+        table.add_row(option.name, option.type_text, option.default or "", option.description)
+    console.print(table)
+
+
+def _compared(a, b, evaluate_on, batch, threads, dims, seed, progress):
+    first, second = effc.load(a), effc.load(b)
+    names = [[t.name for t in m.inputs] for m in (first, second)]
+    if names[0] != names[1]:
+        raise BadInput(f"the models have other inputs: {names[0]} and {names[1]}")
+    backend = registry.backend("onnxruntime")
+    batch = first.batch or second.batch or 1 if batch is None else batch
+    data = None if evaluate_on is None else open_data(evaluate_on).for_model(first)
+    feeds = api.real_feeds(first, batch, dims, data, seed)
+    scores: dict[str, Accuracy | None] = {"a": None, "b": None}
+    if data is not None:
+        sessions = {"a": backend.session(first, threads=threads), "b": backend.session(second, threads=threads)}
+        found = evaluate(sessions, data, batch=first.batch or second.batch, reference="a", progress=progress)
+        scores = {key: Accuracy.of(score, found["a"]) for key, score in found.items()}
+    latency = compare_latency(first, second, feeds, backend=backend, threads=threads, seed=seed, progress=progress)
+    snapshots = [
+        Snapshot(cost(m, batch, dims).total, m_path.stat().st_size, len(m.graph), scores[key])
+        for m, m_path, key in ((first, a, "a"), (second, b, "b"))
+    ]
+    return *snapshots, latency
+
+
+def _dims(texts: list[str] | None) -> dict[str, int]:
+    dims = {}
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        if not name or not value.isdigit() or int(value) < 1:
+            raise BadInput(f"--dim {text}: it takes name=value with a whole number, as in --dim sequence=128")
+        dims[name] = int(value)
+    return dims
+
+
+def _check_output(path: Path, model: Path) -> None:
+    if not path.parent.is_dir():
+        raise BadInput(f"the folder {path.parent} does not exist; make it first")
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder; a file name is needed")
+    if path.resolve() == model.resolve():
+        raise BadInput(f"{path} is the input itself; choose another output")
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def _bars(quiet: bool) -> Iterator[Callable]:
+    """Progress bars on standard error, when a person is there to see them."""
+    if quiet or not sys.stderr.isatty():
+        yield no_progress
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+
+        def start(what: str, total: int | None = None) -> Callable[[int], None]:
+            for finished in [task.id for task in bars.tasks]:
+                bars.remove_task(finished)
+            task = bars.add_task(what, total=total)
+            return lambda steps: bars.advance(task, steps)
+
+        yield start
+
+
+def main() -> None:
+    """Run the command; every error is one line on standard error."""
+    try:
+        app(standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)
+    except (UsageError, EffcError) as error:
+        if "--debug" in sys.argv:
+            raise
+        usage = isinstance(error, UsageError)
+        message = error.format_message() if usage else str(error)
+        print("effc: error: " + " ".join(message.split()), file=sys.stderr)
+        sys.exit(2 if usage else error.status)

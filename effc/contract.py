@@ -1,0 +1,158 @@
+"""What a pass is: it proposes, the compiler chooses, the pass rewrites.
+
+A pass is a frozen dataclass whose fields are its options, in Python, in a recipe and on the command line alike.
+`propose` looks and never touches; `rewrite` is called once with all that was chosen, on a copy that may be thrown away.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+
+from pydantic import Field
+
+from effc.model import Model
+
+if TYPE_CHECKING:
+    from effc.cost import Cost
+    from effc.data import Data
+    from effc.runtime import Backend
+    from effc.statistics import Request
+    from effc.target import Target
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One way to rewrite one site: names and numbers, never weights.
+
+    Attributes:
+        site: what is rewritten, by the name of its node or group. Alternatives for one site share the name.
+        nodes: names of the nodes that go or change.
+        setting: how, as plain data; with the site all that `rewrite` needs, so that a report can be replayed.
+        before, after: predicted cost of these nodes; None when the pass does not say.
+        damage: predicted rise of the output divergence in nats a sample (outputs that are no class scores: relative
+            squared error); 0 for exact rewrites, None when it was not estimated.
+    """
+
+    site: str
+    nodes: tuple[str, ...] = ()
+    setting: Mapping[str, Any] = field(default_factory=dict)
+    before: Cost | None = None
+    after: Cost | None = None
+    damage: float | None = None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A site that a pass leaves alone, and why: what was found and, where it helps, what would be needed."""
+
+    site: str
+    reason: str
+
+
+class Progress(Protocol):
+    """Tells the user how far long work is."""
+
+    def __call__(self, what: str, total: int | None = None) -> Callable[[int], None]:
+        """Start a bar; the returned function is told how many more steps are done."""
+        ...
+
+
+def no_progress(what: str, total: int | None = None) -> Callable[[int], None]:
+    return lambda steps: None
+
+
+@dataclass
+class Context:
+    """What a pass may ask for beside the model.
+
+    Attributes:
+        original: the recipe's first model: the source of targets for passes that correct as they go. Never changed.
+        target: runtime and device that the result is for.
+        backend: the runtime itself.
+        calibration: data to look at activations with, or None.
+        later: the passes that follow.
+        batch, dims, threads, seed: as the user stated them.
+        precise: damage should be estimated with forward passes through the whole model, as far as the pass can; set
+            when proposals have to be ordered to hold a limit on accuracy.
+    """
+
+    original: Model
+    target: Target
+    backend: Backend
+    calibration: Data | None = None
+    later: tuple[Pass, ...] = ()
+    batch: int = 1
+    dims: Mapping[str, int] = field(default_factory=dict)
+    threads: int = 1
+    seed: int = 0
+    precise: bool = False
+    progress: Progress = no_progress
+    _statistics: dict[tuple, Any] = field(default_factory=dict, repr=False)
+
+    def statistics(self, model: Model, requests: Iterable[Request]) -> dict[Request, Any]:
+        """What the calibration data do inside a model, collected in one streamed run for all that is not known yet.
+
+        Known results are kept per (model, revision, request, data, seed), so an edit makes them void.
+
+        Raises:
+            BadInput: there are no calibration data.
+        """
+        from effc.statistics import collect
+
+        requests = list(dict.fromkeys(requests))
+        place = (model.revision, self.calibration.digest if self.calibration else None, self.seed)
+        missing = [r for r in requests if (*place, r) not in self._statistics]
+        if missing:
+            # Results for states gone by would only take memory; the original's are asked for again.
+            keep = (model.revision, self.original.revision)
+            self._statistics = {k: v for k, v in self._statistics.items() if k[0] in keep}
+            for request, result in collect(model, missing, self).items():
+                self._statistics[*place, request] = result
+        return {r: self._statistics[*place, r] for r in requests}
+
+
+class Pass(ABC):
+    """Base of all passes. Subclasses are frozen dataclasses with these class variables:
+
+    Attributes:
+        name: on the command line and in recipes.
+        exact: True when the rewritten model computes the same function, up to rounding; then `tolerance` states the
+            largest max|a - b| / max|a| over any output that is still rounding, and the manager holds the pass to it.
+        recovers: True for a pass that regains accuracy and so ends the stage of a lossy pass before it.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool] = False
+    tolerance: ClassVar[float] = 0.0
+    recovers: ClassVar[bool] = False
+
+    @abstractmethod
+    def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
+        """Every site the pass could rewrite, with its alternatives, and every site it must leave alone, with why."""
+
+    @abstractmethod
+    def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
+        """Make the chosen rewrites in place, through `effc.edit`, in topological order. Must be deterministic."""
+
+    def budget(self) -> Mapping[str, float]:
+        """The pass's own budget, by the names that all passes share: macs, size (shares kept), max_drop (points)."""
+        names = ("macs", "size", "max_drop")
+        return {n: value for n in names if (value := getattr(self, n, None)) is not None}
+
+
+@dataclass(frozen=True)
+class Repeat(Pass):
+    """Some passes several times over, one stage for the guard. The manager unrolls it; it rewrites nothing itself."""
+
+    name: ClassVar[str] = "repeat"
+    steps: Annotated[int, Field(ge=1, description="how many rounds")] = 2
+    passes: Annotated[tuple[Pass, ...], Field(description="what one round runs")] = ()
+
+    def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
+        return iter(())
+
+    def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
+        return None

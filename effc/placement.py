@@ -1,0 +1,146 @@
+"""Where integer codes run through a graph: which tensors get a quantize/dequantize pair and which share one.
+
+The weighted operators to lower are given; the operators between them follow when the target has integer kernels for
+them and all their inputs are coded. An activation that an integer kernel absorbs is passed over: its output is coded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from effc.model import STANDARD_DOMAINS, Model
+from effc.target import IntegerKernels
+
+ABSORBED = ("Relu", "Clip")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where codes run.
+
+    Attributes:
+        coded: tensor -> tensor whose scale its codes have: itself, or the input of operators that pass codes on.
+        integer: nodes that compute on codes, the weighted ones included.
+        passing: nodes that run on the codes themselves, without a pair in between.
+        settled: integer node -> its output behind the activation that its kernel absorbs.
+    """
+
+    coded: dict[ir.Value, ir.Value]
+    integer: frozenset[ir.Node]
+    passing: frozenset[ir.Node]
+    settled: dict[ir.Node, ir.Value]
+
+    def made_in_codes(self, value: ir.Value) -> bool:
+        """Whether a tensor comes out of integer kernels, so that every reader should see its decoded form."""
+        return value in self._outputs
+
+    @property
+    def _outputs(self) -> set[ir.Value]:
+        return set(self.settled.values()) | {n.outputs[0] for n in self.passing}
+
+
+def plan(model: Model, weighted: Collection[str], kernels: IntegerKernels) -> Placement:
+    """Place codes for the weighted nodes of these names."""
+    chosen = {node for node in model.graph if node.name in weighted}
+    demanded = {node.inputs[0] for node in chosen}
+    coded: dict[ir.Value, ir.Value] = {v: v for v in model.graph.inputs if v in demanded}
+    integer, passing, settled = set(chosen), set(), {}
+    for node in model.graph:
+        if node.domain not in STANDARD_DOMAINS or not node.outputs:
+            continue
+        if node in chosen:
+            settled[node] = behind_activation(node)
+            if _needs_codes(node, settled[node], chosen, kernels):
+                coded[settled[node]] = settled[node]
+        elif node.inputs and node.inputs[0] in coded and passes_codes(node, kernels):
+            passing.add(node)
+            integer.add(node)
+            coded[node.outputs[0]] = coded[node.inputs[0]]
+        elif computes(node, kernels) and all(v in coded for v in node.inputs):
+            out = behind_activation(node)
+            if not out.is_graph_output():
+                integer.add(node)
+                settled[node] = out
+                coded[out] = out
+        for value in node.outputs:
+            if value in demanded:
+                coded.setdefault(value, value)
+    return Placement(coded, frozenset(integer), frozenset(passing), settled)
+
+
+def behind_activation(node: ir.Node) -> ir.Value:
+    """A node's output, or that of the activation after it when a kernel can absorb this one."""
+    out = node.outputs[0]
+    uses = list(out.uses())
+    if len(uses) == 1 and not out.is_graph_output() and is_absorbed(uses[0].node):
+        return uses[0].node.outputs[0]
+    return out
+
+
+def is_absorbed(node: ir.Node) -> bool:
+    """Relu, or Clip from zero with constant bounds: clipping that the range of unsigned codes can do by itself."""
+    if node.op_type not in ABSORBED or node.domain not in STANDARD_DOMAINS:
+        return False
+    return node.op_type == "Relu" or clip_bounds(node)[0] == 0.0
+
+
+def clip_bounds(node: ir.Node) -> tuple[float | None, float | None]:
+    """Constant bounds of a Clip of any opset; None where there is none or it is not constant."""
+    bounds = []
+    for index, key in ((1, "min"), (2, "max")):
+        value = node.inputs[index] if len(node.inputs) > index else None
+        if value is not None:
+            tensor = value.const_value
+            bounds.append(None if tensor is None else float(tensor.numpy().reshape(-1)[0]))
+        else:
+            bounds.append(node.attributes.get_float(key, None) if key in node.attributes else None)
+    return bounds[0], bounds[1]
+
+
+def computes(node: ir.Node, kernels: IntegerKernels) -> bool:
+    """Whether a target computes this operator on codes; a mean over all positions counts as GlobalAveragePool."""
+    return node.op_type in kernels.computing or ("GlobalAveragePool" in kernels.computing and is_global_mean(node))
+
+
+def is_global_mean(node: ir.Node) -> bool:
+    """ReduceMean over both spatial axes of a rank-4 tensor."""
+    if node.op_type != "ReduceMean" or node.domain not in STANDARD_DOMAINS:
+        return False
+    shape = node.inputs[0].shape
+    if shape is None or len(shape) != 4:
+        return False
+    if "axes" in node.attributes:
+        axes = list(node.attributes.get_ints("axes", ()))
+    else:
+        tensor = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] is not None else None
+        axes = [] if tensor is None else tensor.numpy().tolist()
+    return sorted(a % 4 for a in axes) == [2, 3]
+
+
+def passes_codes(node: ir.Node, kernels: IntegerKernels) -> bool:
+    """Whether an operator may run on codes: it moves values or takes the largest, and makes none but zero."""
+    if node.op_type not in kernels.transparent or len(node.outputs) != 1 or node.outputs[0].is_graph_output():
+        return False
+    if node.op_type == "Pad":
+        return node.attributes.get_string("mode", "constant") != "constant" or _pads_zero(node)
+    return True
+
+
+def _pads_zero(node: ir.Node) -> bool:
+    if len(node.inputs) < 3 or node.inputs[2] is None:
+        return True
+    tensor = node.inputs[2].const_value
+    return tensor is not None and not np.any(tensor.numpy())
+
+
+def _needs_codes(node: ir.Node, out: ir.Value, chosen: Collection[ir.Node], kernels: IntegerKernels) -> bool:
+    """A convolution's kernel wants codes on its output; a matrix product can hand out floats where these are read."""
+    if node.op_type == "Conv":
+        return kernels.output_pairs
+    if out.is_graph_output():
+        return False
+    return any(n in chosen or computes(n, kernels) or passes_codes(n, kernels) for n in out.consumers())

@@ -1,0 +1,192 @@
+"""What calibration data do inside a model: ranges, histograms and means of tensors, streamed in bounded memory.
+
+A request names a tensor and a kind of statistic; all requests of one state of a model are served by one run of the
+data through the runtime. Nothing is kept of the activations themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from effc.errors import BadInput
+from effc.model import Model
+
+if TYPE_CHECKING:
+    from effc.contract import Context
+
+BATCH_BYTES = 32 * 2**20  # activations of one batch, about
+
+
+class Accumulator(Protocol):
+    def update(self, values: np.ndarray) -> None: ...
+
+    def result(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """One statistic of one tensor. Subclasses say which and make its accumulator."""
+
+    tensor: str
+
+    def start(self) -> Accumulator:
+        raise TypeError(f"{type(self).__name__} says no way to accumulate")
+
+
+@dataclass(frozen=True)
+class Histogram(Request):
+    """Distribution of a tensor's values -> `Bins`. Minimum and maximum are exact.
+
+    `values`: at most so many values per sample, evenly spaced, enter the counts.
+    """
+
+    values: int = 16384
+
+    def start(self) -> Accumulator:
+        return _HistogramAccumulator(self.values)
+
+
+@dataclass(frozen=True)
+class Mean(Request):
+    """Mean of a tensor over samples, position by position -> array of the tensor's shape without its first axis."""
+
+    def start(self) -> Accumulator:
+        return _MeanAccumulator()
+
+
+@dataclass(frozen=True)
+class Bins:
+    """A histogram: `counts[i]` values fell into [low + i * width, low + (i + 1) * width)."""
+
+    counts: np.ndarray
+    low: float
+    width: float
+    minimum: float
+    maximum: float
+
+    @property
+    def centres(self) -> np.ndarray:
+        return self.low + (np.arange(len(self.counts)) + 0.5) * self.width
+
+
+class _HistogramAccumulator:
+    """Bins lie at multiples of a width that doubles when the range grows: merging pairs is exact, one pass enough."""
+
+    BINS = 4096
+
+    def __init__(self, values: int) -> None:
+        self.values = values
+        self.width = 0.0
+        self.first = 0
+        self.counts = np.zeros(0, np.int64)
+        self.minimum, self.maximum = math.inf, -math.inf
+
+    def update(self, values: np.ndarray) -> None:
+        if not values.size:
+            return
+        samples = values.shape[0] if values.ndim else 1
+        flat = values.reshape(-1)
+        self.minimum = min(self.minimum, float(flat.min()))
+        self.maximum = max(self.maximum, float(flat.max()))
+        if not (math.isfinite(self.minimum) and math.isfinite(self.maximum)):
+            raise BadInput("the calibration data drive the model to NaN or infinity; check their preprocessing")
+        extent = max(abs(self.minimum), abs(self.maximum))
+        if not self.width:
+            if extent == 0:
+                extent = 1e-12
+            self.width = 2.0 ** math.ceil(math.log2(extent / self.BINS))
+        stride = max(1, -(-flat.size // (self.values * samples)))
+        if stride > 1 and stride % 2 == 0:
+            stride += 1  # an even stride would see some columns of an image only
+        scaled = flat[::stride] * np.float32(1 / self.width)
+        while extent / self.width > self.BINS:
+            self._coarsen()
+            scaled *= np.float32(0.5)
+        indices = np.floor(scaled, out=scaled).astype(np.int32)
+        self._add(indices)
+
+    def _coarsen(self) -> None:
+        self.width *= 2
+        if not len(self.counts):
+            return
+        lead = self.first % 2
+        padded = np.concatenate(
+            [np.zeros(lead, np.int64), self.counts, np.zeros((lead + len(self.counts)) % 2, np.int64)]
+        )
+        self.counts = padded.reshape(-1, 2).sum(axis=1)
+        self.first = (self.first - lead) // 2
+
+    def _add(self, indices: np.ndarray) -> None:
+        low, high = int(indices.min()), int(indices.max())
+        if not len(self.counts):
+            self.first, self.counts = low, np.zeros(high - low + 1, np.int64)
+        before, after = max(0, self.first - low), max(0, high - (self.first + len(self.counts) - 1))
+        if before or after:
+            self.counts = np.pad(self.counts, (before, after))
+            self.first -= before
+        indices -= self.first
+        counted = np.bincount(indices, minlength=len(self.counts))
+        self.counts += counted
+
+    def result(self) -> Bins:
+        return Bins(self.counts, self.first * self.width, self.width, self.minimum, self.maximum)
+
+
+class _MeanAccumulator:
+    def __init__(self) -> None:
+        self.total: np.ndarray | None = None
+        self.samples = 0
+
+    def update(self, values: np.ndarray) -> None:
+        total = values.sum(axis=0, dtype=np.float64)
+        self.total = total if self.total is None else self.total + total
+        self.samples += values.shape[0]
+
+    def result(self) -> np.ndarray:
+        if self.total is None:
+            raise BadInput("the calibration data hold no sample")
+        return self.total / self.samples
+
+
+def collect(model: Model, requests: Iterable[Request], context: Context) -> dict[Request, Any]:
+    """Run the calibration data once and serve all requests. Raises BadInput when there are no such data."""
+    requests = list(requests)
+    if context.calibration is None:
+        raise BadInput("calibration data are needed: give --calibrate SPEC (Python: calibrate=...)")
+    inputs = {info.name for info in model.inputs}
+    by_tensor: dict[str, list[Accumulator]] = defaultdict(list)
+    accumulators = {request: request.start() for request in requests}
+    for request, accumulator in accumulators.items():
+        by_tensor[request.tensor].append(accumulator)
+    outputs = {info.name for info in model.outputs}
+    expose = [t for t in by_tensor if t not in inputs and t not in outputs]
+    session = context.backend.session(model, threads=context.threads, expose=expose)
+    data = context.calibration.for_model(model)
+    size = batch_size(model, by_tensor)
+    advance = context.progress("calibrating", len(data))
+    for batch in data.batches(size):
+        count = len(next(iter(batch.feeds.values())))
+        if model.batch is not None and count < model.batch:
+            continue  # a model of fixed batch cannot take the rest of the data
+        results = session.run(batch.feeds)
+        for name, waiting in by_tensor.items():
+            values = batch.feeds[name] if name in inputs else results.pop(name)
+            for accumulator in waiting:
+                accumulator.update(np.asarray(values))
+        advance(count)
+    return {request: accumulator.result() for request, accumulator in accumulators.items()}
+
+
+def batch_size(model: Model, tensors: Iterable[str]) -> int:
+    """Samples a batch so that the exposed activations of one stay near BATCH_BYTES; a fixed batch is what it is."""
+    if model.batch is not None:
+        return model.batch
+    shapes = model.shapes(batch=1)
+    elements = sum(math.prod(s) for t in tensors if (s := shapes.get(t)) and all(isinstance(d, int) for d in s))
+    return max(1, min(32, BATCH_BYTES // max(1, 4 * elements)))

@@ -1,0 +1,192 @@
+"""Conv(x, W) -> Conv(DQ(Q(x)), DQ(W8)) with Q/DQ behind it: 8-bit integers wherever the target has a kernel for them.
+
+Activations get one scale a tensor, weights one an output channel (Jacob et al. 2018; Krishnamoorthi 2018, section 3).
+Q and DQ stand where the target's runtime fuses them into integer kernels. Without calibration data matrix products
+are quantised dynamically, and convolutions are left alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+from pydantic import Field
+
+from effc import edit
+from effc.contract import Context, Pass, Proposal, Skipped
+from effc.cost import Cost, cost
+from effc.errors import PassFailed
+from effc.layers import WEIGHTED, bias_array, constant_weight, mean_response, output_axis
+from effc.model import Model
+from effc.placement import Placement, plan
+from effc.quantize import Affine, affine, choose_range, quantize_weight
+from effc.statistics import Bins, Histogram, Mean
+from effc.target import IntegerKernels
+
+from ._integer_graph import Lowering
+from ._sensitivity import local_damage, output_damage
+
+OPSET = 13  # the first with scales along an axis
+
+
+@dataclass(frozen=True)
+class Int8(Pass):
+    """8-bit integers for convolutions and dense layers, and for what lies between them."""
+
+    name: ClassVar[str] = "int8"
+
+    calibrator: Annotated[
+        Literal["minmax", "percentile", "entropy", "mse"], Field(description="how activation ranges are chosen")
+    ] = "mse"
+    percentile: Annotated[
+        float, Field(gt=50, le=100, description="share of values, in percent, that percentile keeps")
+    ] = 99.99
+    bias_correction: Annotated[
+        bool, Field(description="subtract the mean error that rounding the weights makes on calibration data")
+    ] = True
+    keep_float: Annotated[tuple[str, ...], Field(description="names or patterns (*) of layers to leave in float")] = ()
+    size: Annotated[float | None, Field(gt=0, le=1, description="share of weight bytes to keep at most")] = None
+    max_drop: Annotated[
+        float | None, Field(ge=0, description="points of the metric to lose at most; needs evaluation data")
+    ] = None
+
+    def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
+        if model.opset < OPSET and (obstacle := _lifting_fails(model)):
+            yield from (Skipped(n.name, obstacle) for n in model.nodes(*context.target.integer.weighted))
+            return
+        nodes = list(model.nodes(*sorted(context.target.integer.weighted)))
+        refusals = {n: self._refusal(model, n, context) for n in nodes}
+        refusals |= _strays({n for n in nodes if not refusals[n]}, model, context.target.integer)
+        yield from (Skipped(n.name, reason) for n, reason in refusals.items() if reason)
+        proposals = [n for n in nodes if not refusals[n]]
+        damages = self._damages(model, proposals, context)
+        costs = cost(model, context.batch, context.dims).nodes
+        form = "dynamic" if context.calibration is None else "static"
+        for node in proposals:
+            before = costs[node.name]
+            weight = model.constant(node.inputs[1])
+            after = Cost(before.macs, before.parameters, before.weight_bytes - weight.nbytes + weight.size)
+            yield Proposal(node.name, (node.name,), {"form": form}, before, after, damages[node])
+
+    def _damages(self, model: Model, nodes: list[ir.Node], context: Context) -> dict[ir.Node, float | None]:
+        if context.calibration is None or not nodes:
+            return dict.fromkeys(nodes)
+        if context.precise:
+            return output_damage(self, model, nodes, context)
+        placement = plan(model, [n.name for n in nodes], context.target.integer)
+        bins, _ = self._observed(model, placement, context)
+        inputs = {v: (self._affine(b, context), b) for v, b in bins.items()}
+        return local_damage(nodes, inputs, _bits(context))
+
+    def _refusal(self, model: Model, node: ir.Node, context: Context) -> str | None:
+        """Why a node stays in float whatever stands around it, or None."""
+        weight = model.constant(node.inputs[1])
+        if weight is None:
+            return "its right operand is no constant" if node.op_type == "MatMul" else "its weight is no constant"
+        if weight.dtype != np.float32:
+            return f"its weight is {weight.dtype}; float32 is lowered"
+        if any(fnmatch(node.name, pattern) for pattern in self.keep_float):
+            return "keep_float names it"
+        if model.constant(node.inputs[0]) is not None:
+            return "its input is a constant; simplify folds it"
+        if node.op_type == "MatMul" and weight.ndim != 2:
+            return f"its right operand has {weight.ndim} axes; 2 are lowered"
+        if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
+            return "its left operand is transposed"
+        try:
+            bias_array(model, node, weight.shape[output_axis(node, weight.ndim)])
+        except ValueError as error:
+            return str(error)
+        if node.op_type != "Conv":
+            return None
+        if context.calibration is None:
+            return "a convolution needs calibration data: give --calibrate SPEC"
+        if any(reader.op_type == "BatchNormalization" for reader in node.outputs[0].consumers()):
+            return "a batch norm follows it: run fold-batchnorm first"
+        return None
+
+    def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
+        if model.opset < OPSET:
+            edit.lift_opset(model, OPSET)
+        static = [p.site for p in chosen if p.setting["form"] == "static"]
+        lowering = Lowering(model, _bits(context))
+        if static:
+            placement = plan(model, static, context.target.integer)
+            bins, means = self._observed(model, placement, context)
+            ranges = {v: self._affine(b, context) for v, b in bins.items()}
+            shifts = {n: _mean_error(n, mean, _bits(context)) for n, mean in means.items()}
+            lowering.static(placement, ranges, shifts)
+        for site in (p.site for p in chosen if p.setting["form"] == "dynamic"):
+            lowering.dynamic(model.node(site))
+
+    def _observed(
+        self, model: Model, placement: Placement, context: Context
+    ) -> tuple[dict[ir.Value, Bins], dict[ir.Node, np.ndarray]]:
+        """Histograms of the tensors with codes of their own, and mean inputs of the layers whose bias is corrected."""
+        histograms = {v: Histogram(v.name) for v, source in placement.coded.items() if v is source}
+        corrected = [n for n in model.nodes("Conv", "Gemm") if n in placement.integer and self.bias_correction]
+        means = {n: Mean(n.inputs[0].name) for n in corrected}
+        found = context.statistics(model, [*histograms.values(), *means.values()])
+        return {v: found[r] for v, r in histograms.items()}, {n: found[r] for n, r in means.items()}
+
+    def _affine(self, bins: Bins, context: Context) -> Affine:
+        signed = context.target.integer.signed
+        return affine(*choose_range(bins, self.calibrator, self.percentile, signed=signed), signed=signed)
+
+
+def _bits(context: Context) -> int:
+    return 7 if context.target.integer.reduce_range else 8
+
+
+def _mean_error(node: ir.Node, mean: np.ndarray, bits: int) -> np.ndarray:
+    """E[(W8 - W) x] per output: what rounding the weights adds to a layer's mean output, [N]."""
+    weight = constant_weight(node).astype(np.float64)
+    rounded = quantize_weight(weight, output_axis(node, weight.ndim), bits=bits).decoded()
+    return mean_response(node, mean, rounded - weight)
+
+
+def _strays(nodes: Set[ir.Node], model: Model, kernels: IntegerKernels) -> dict[ir.Node, str]:
+    """Convolutions with slow integer kernels that can stay in float without standing between integer layers.
+
+    Between integer layers a slow integer kernel costs less than going to float and back.
+    """
+    order = list(model.graph)
+    layers = {n for n in order if n.op_type in WEIGHTED}
+    behind_a_layer = _reached(order, layers, lambda n: (v.producer() for v in n.inputs if v is not None))
+    slow = {}
+    for node in nodes:
+        if node.op_type == "Conv":
+            outputs, inputs = constant_weight(node).shape[:2]
+            groups = node.attributes.get_int("group", 1)
+            slow[node] = kernels.slow_convolution(outputs, inputs, groups, first=node not in behind_a_layer)
+    fast = {n for n in nodes if not slow.get(n)}
+    before = _reached(order, fast, lambda n: (v.producer() for v in n.inputs if v is not None))
+    behind = _reached(order[::-1], fast, lambda n: (c for v in n.outputs for c in v.consumers()))
+    return {
+        n: f"{reason}; it stands {'behind' if n in before else 'before'} all layers that gain, and stays in float"
+        for n, reason in slow.items()
+        if reason and not (n in before and n in behind)
+    }
+
+
+def _reached(
+    order: Sequence[ir.Node], sources: Set[ir.Node], neighbours: Callable[[ir.Node], Iterable[ir.Node | None]]
+) -> set[ir.Node]:
+    """Nodes with a source among the nodes that come before them in `order` and that `neighbours` lead to."""
+    reached: set[ir.Node] = set()
+    for node in order:
+        if any(n is not None and (n in reached or n in sources) for n in neighbours(node)):
+            reached.add(node)
+    return reached
+
+
+def _lifting_fails(model: Model) -> str | None:
+    try:
+        edit.lift_opset(model.clone(), OPSET)
+    except PassFailed as error:
+        return f"int8 needs opset {OPSET}: {error}"
+    return None
