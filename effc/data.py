@@ -263,3 +263,14 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise BadInput(f"the data file {str(path)!r} holds no map of keys such as source, inputs, labels")
     return content
+
+
+def padded(feeds: Mapping[str, np.ndarray], batch: int) -> dict[str, np.ndarray]:
+    """The last sample repeated up to the batch."""
+    return {name: np.concatenate([a, np.repeat(a[-1:], batch - len(a), axis=0)]) for name, a in feeds.items()}
+
+
+def unpadded(outputs: Mapping[str, np.ndarray], count: int, batch: int | None) -> dict[str, np.ndarray]:
+    """Outputs of the samples alone; one whose first axis is not the batch stays whole."""
+    arrays = {name: np.asarray(output) for name, output in outputs.items()}
+    return {name: a[:count] if a.ndim and a.shape[0] == batch else a for name, a in arrays.items()}

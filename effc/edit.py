@@ -14,7 +14,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
 from effc.errors import InvalidModel, PassFailed
-from effc.model import SMALL, STANDARD_DOMAINS, Model
+from effc.model import STANDARD_DOMAINS, Model
+from effc.shapes import strip
 
 ORIGIN = "effc.origin"  # key in ir.Node.meta: names of the nodes of the model before the pass
 
@@ -49,9 +50,11 @@ def set_initializer(model: Model, value: ir.Value, array: np.ndarray | ir.Tensor
 
 
 def _initializer(name: str, array: np.ndarray | ir.TensorProtocol) -> ir.Value:
-    tensor = ir.tensor(np.asarray(array, order="C"), name=name) if isinstance(array, np.ndarray) else array
-    if isinstance(array, np.ndarray) and array.dtype.kind == "f" and array.size and np.isnan(array.max()):
-        raise PassFailed(f"weight {name!r} would hold NaN")
+    if isinstance(array, np.ndarray | np.generic):
+        array = np.asarray(array, order="C")
+        if array.dtype.kind == "f" and array.size and np.isnan(array.max()):
+            raise PassFailed(f"weight {name!r} would hold NaN")
+    tensor = ir.tensor(array, name=name) if isinstance(array, np.ndarray) else array
     return ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
@@ -332,22 +335,17 @@ def lift_opset(model: Model, version: int) -> None:
         return
     copy = model.ir.clone()
     copy.ir_version = max(copy.ir_version or 0, ir_version_of(version), 4)
-    weights = {}
-    for value in list(copy.graph.initializers.values()):
-        if value.const_value is not None and value.const_value.size > SMALL:
-            weights[value.name] = value.const_value
-            value.shape, value.type = ir.Shape(value.const_value.shape), ir.TensorType(value.const_value.dtype)
-            del copy.graph.initializers[value.name]
-            if value not in copy.graph.inputs:
-                copy.graph.inputs.append(value)
+    weights = strip(copy)
     try:
         converted = ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(copy), version))
     except Exception as error:  # the converter raises RuntimeError and ConvertError of its own
         reason = str(error).strip().splitlines()[0]
         raise PassFailed(f"opset {model.opset} could not be lifted to {version}: {reason}") from error
-    for value in list(converted.graph.inputs):
+    inputs = list(converted.graph.inputs)
+    converted.graph.inputs.clear()
+    converted.graph.inputs.extend(v for v in inputs if v.name not in weights)
+    for value in inputs:
         if value.name in weights:
-            converted.graph.inputs.remove(value)
             value.const_value = weights[value.name]
             converted.graph.register_initializer(value)
     _restore_names(model.graph, converted.graph)

@@ -17,7 +17,7 @@ from scipy.special import log_softmax
 from scipy.stats import binomtest
 
 from effc.contract import Progress, no_progress
-from effc.data import Batch, Data
+from effc.data import Batch, Data, padded, unpadded
 from effc.dataspec import METRICS
 from effc.errors import BadInput
 from effc.runtime import Session
@@ -111,8 +111,8 @@ def evaluate(
     tallies: dict[str, _Tally] = {}
     for part in data.batches(batch or BATCH):
         count = len(next(iter(part.feeds.values())))
-        feeds = part.feeds if batch is None or count == batch else _padded(part.feeds, batch)
-        outputs = {name: _unpadded(session.run(feeds), count, batch) for name, session in models.items()}
+        feeds = part.feeds if batch is None or count == batch else padded(part.feeds, batch)
+        outputs = {name: unpadded(session.run(feeds), count, batch) for name, session in models.items()}
         if not tallies:
             known = _known_metric(metric, data, outputs[reference], count)
             function = None if known in METRICS else load_function(known, folder)
@@ -139,17 +139,6 @@ def _known_metric(metric: str | None, data: Data, outputs: Outputs, count: int) 
 
 def _are_scores(output: np.ndarray) -> bool:
     return output.ndim == 2 and output.shape[1] > 1 and output.dtype.kind not in "biuOSU"
-
-
-def _padded(feeds: Outputs, batch: int) -> dict[str, np.ndarray]:
-    """The last sample repeated up to the batch."""
-    return {name: np.concatenate([a, np.repeat(a[-1:], batch - len(a), axis=0)]) for name, a in feeds.items()}
-
-
-def _unpadded(outputs: Outputs, count: int, batch: int | None) -> dict[str, np.ndarray]:
-    """Outputs of the samples alone; one whose first axis is not the batch stays whole."""
-    arrays = {name: np.asarray(output) for name, output in outputs.items()}
-    return {name: a[:count] if a.ndim and a.shape[0] == batch else a for name, a in arrays.items()}
 
 
 class _Tally:

@@ -64,26 +64,21 @@ def dilations(node: ir.Node, spatial: int) -> list[int]:
     return list(node.attributes.get_ints("dilations", ())) or [1] * spatial
 
 
-def mean_response(node: ir.Node, mean: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Mean of a layer's output, bias aside, for a weight of its own shape.
+def mean_inputs(node: ir.Node, mean: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The mean input that each weight is multiplied with, zero padding included, of the weight's shape.
 
-    The layer is linear, so this is the mean of its answer to the mean input, zero padding included.
+    A layer is linear, so the products with the weights sum up to the layer's mean output, bias aside.
 
     Args:
-        mean: E[x], of the input's shape without the batch axis.
+        mean: E[x]; for a convolution [C, *size], position by position, for a dense layer [K].
         weight: as the layer's own: Conv [N, C/groups, *kernel], Gemm and MatMul a matrix.
-
-    Returns:
-        [N] means over samples and positions.
     """
     if node.op_type != "Conv":
-        x = mean.reshape(-1, mean.shape[-1]).mean(axis=0)
-        alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
-        return np.moveaxis(weight, output_axis(node, weight.ndim), 0) @ x * alpha
+        return np.broadcast_to(mean if output_axis(node, weight.ndim) == 0 else mean[:, None], weight.shape)
     patch = mean_patch(node, mean, weight.shape[2:])
     groups = node.attributes.get_int("group", 1)
-    filters = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-    return np.einsum("gnct,gct->gn", filters, patch.reshape(groups, weight.shape[1], -1)).reshape(-1)
+    filters = np.repeat(np.arange(groups), weight.shape[0] // groups)
+    return patch.reshape(groups, *weight.shape[1:])[filters]
 
 
 def mean_patch(node: ir.Node, mean: np.ndarray, kernel: Sequence[int]) -> np.ndarray:

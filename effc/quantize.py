@@ -9,6 +9,7 @@ from scipy.special import rel_entr
 
 from effc.statistics import Bins
 
+TIES = 128  # weights of a channel that balanced rounding may turn
 CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
 
 
@@ -133,12 +134,23 @@ class Weight:
 
 
 def quantize_weight(
-    weight: np.ndarray, axis: int, *, bits: int = 8, bias: np.ndarray | None = None, input_scale: float = 0.0
+    weight: np.ndarray,
+    axis: int,
+    *,
+    bits: int = 8,
+    bias: np.ndarray | None = None,
+    input_scale: float = 0.0,
+    mean: np.ndarray | None = None,
 ) -> Weight:
     """Codes in [-(2^(bits-1) - 1), 2^(bits-1) - 1], the lowest code unused (Jacob et al. 2018, section 2.3).
 
-    A channel of tiny weights and large bias gets a wider scale, so that its bias fits 32 bits at
-    `input_scale` times the weight's scale.
+    Args:
+        weight: of any shape.
+        axis: the axis with a scale an index.
+        bias, input_scale: a channel of tiny weights and large bias gets a wider scale, so that its bias fits 32 bits
+            at `input_scale` times the weight's scale.
+        mean: mean input of each weight, of the weight's shape. Weights near a tie are then rounded so that the
+            channel's mean output stays where it was, rather than each to the nearest.
     """
     top = 2 ** (bits - 1) - 1
     others = tuple(i for i in range(weight.ndim) if i != axis)
@@ -147,8 +159,31 @@ def quantize_weight(
     if bias is not None and input_scale > 0:
         scales = np.maximum(scales, np.abs(bias) / (input_scale * 2.0**30))
     scales = np.maximum(scales, np.finfo(np.float32).tiny).astype(np.float32)
-    codes = np.rint(weight / scales.reshape(_along(axis, weight.ndim)).astype(np.float64))
-    return Weight(np.clip(codes, -top, top).astype(np.int8), scales, axis)
+    exact = weight / scales.reshape(_along(axis, weight.ndim)).astype(np.float64)
+    codes = np.clip(np.rint(exact), -top, top)
+    if mean is not None:
+        codes = _balanced(codes, exact, mean, axis, top)
+    return Weight(codes.astype(np.int8), scales, axis)
+
+
+def _balanced(codes: np.ndarray, exact: np.ndarray, mean: np.ndarray, axis: int, top: int) -> np.ndarray:
+    """Round weights nearest to a tie the other way while that brings sum((code - weight) * mean) nearer to zero."""
+    q, u, m = (np.moveaxis(a, axis, 0).reshape(a.shape[axis], -1).copy() for a in (codes, exact, mean))
+    error = q - u
+    other = np.clip(q + np.where(error > 0, -1.0, 1.0), -top, top)
+    change = (other - q) * m
+    drift = (error * m).sum(axis=1)
+    tried = max(1, min(TIES, q.shape[1] // 2))
+    nearest = np.argpartition(-np.abs(error), tried - 1, axis=1)[:, :tried]
+    order = np.take_along_axis(nearest, np.argsort(-np.abs(np.take_along_axis(error, nearest, 1)), axis=1), 1)
+    rows = np.arange(len(q))
+    for column in order.T:
+        step = change[rows, column]
+        better = np.abs(drift + step) < np.abs(drift)
+        drift += np.where(better, step, 0.0)
+        q[rows, column] = np.where(better, other[rows, column], q[rows, column])
+    moved = np.moveaxis(codes, axis, 0)
+    return np.moveaxis(q.reshape(moved.shape), 0, axis)
 
 
 def _along(axis: int, rank: int) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from effc.model import SMALL, STANDARD_DOMAINS, Model, constant_tensor, shape_tuple
 
@@ -184,15 +185,36 @@ def slice_bounds(node: ir.Node) -> tuple[list[int], list[int], list[int] | None,
 def skeleton(model: Model) -> onnx.ModelProto:
     """The model as a message without its large weights, which become graph inputs of the same name and shape."""
     copy = model.ir.clone()
+    strip(copy)
+    return ir.to_proto(copy)
+
+
+def strip(copy: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """Make the large weights of a clone inputs of its graph; returns them by name. What is left lies in memory."""
+    weights = {}
     for value in list(copy.graph.initializers.values()):
         tensor = value.const_value
         if tensor is None or tensor.size <= SMALL:
             continue
+        weights[value.name] = tensor
         value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
         del copy.graph.initializers[value.name]
-        if value not in copy.graph.inputs:
+        if not value.is_graph_input():
             copy.graph.inputs.append(value)
-    return ir.to_proto(copy)
+    for graph in copy.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _in_memory(value.const_value)
+    for graph in (copy.graph, *copy.functions.values()):
+        for node in graph.all_nodes():
+            for key, attribute in list(node.attributes.items()):
+                if not attribute.is_ref() and isinstance(attribute.value, ir.ExternalTensor):
+                    node.attributes[key] = ir.AttrTensor(key, _in_memory(attribute.value))
+    return weights
+
+
+def _in_memory(tensor: ir.ExternalTensor) -> ir.Tensor:
+    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def _fix_dims(graph: onnx.GraphProto, batch: int | None, dims: Mapping[str, int]) -> None:
@@ -229,16 +251,23 @@ def _symbolic(proto: onnx.ModelProto) -> dict[str, tuple | None]:
     """What onnxruntime's symbolic inference finds; nothing when it gives up, which it does by many exceptions."""
     from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
 
+    lifted = ir.from_proto(proto)  # it stumbles over Constant nodes that hold plain numbers
+    LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(lifted)
     logger = logging.getLogger("onnxruntime.tools.symbolic_shape_infer")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        inferred = SymbolicShapeInference.infer_shapes(proto, auto_merge=True, guess_output_rank=False)
+        # Its one public function saves a file to the working folder when some shape stays open, and drops the rest.
+        inference = SymbolicShapeInference(2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0)
+        inference._preprocess(ir.to_proto(lifted))
+        while inference.run_:
+            inference._infer_impl()
+        inference._update_output_from_vi()
+        return _read(inference.out_mp_.graph)
     except Exception:  # its failures have no common type, and it is a second opinion only
         return {}
     finally:
         logger.setLevel(level)
-    return _read(inferred.graph)
 
 
 def stored_size(model: Model) -> int:

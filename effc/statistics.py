@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from effc.data import padded, unpadded
 from effc.errors import BadInput
 from effc.model import Model
 
@@ -54,10 +55,15 @@ class Histogram(Request):
 
 @dataclass(frozen=True)
 class Mean(Request):
-    """Mean of a tensor over samples, position by position -> array of the tensor's shape without its first axis."""
+    """Mean of a tensor over samples -> array of its shape without the first axis, or of its last axis alone.
+
+    `features`: average over all axes but the last. Else the result is None when samples differ in shape.
+    """
+
+    features: bool = False
 
     def start(self) -> Accumulator:
-        return _MeanAccumulator()
+        return _MeanAccumulator(self.features)
 
 
 @dataclass(frozen=True)
@@ -116,10 +122,8 @@ class _HistogramAccumulator:
         if not len(self.counts):
             return
         lead = self.first % 2
-        padded = np.concatenate(
-            [np.zeros(lead, np.int64), self.counts, np.zeros((lead + len(self.counts)) % 2, np.int64)]
-        )
-        self.counts = padded.reshape(-1, 2).sum(axis=1)
+        widened = np.pad(self.counts, (lead, (lead + len(self.counts)) % 2))
+        self.counts = widened.reshape(-1, 2).sum(axis=1)
         self.first = (self.first - lead) // 2
 
     def _add(self, indices: np.ndarray) -> None:
@@ -139,19 +143,23 @@ class _HistogramAccumulator:
 
 
 class _MeanAccumulator:
-    def __init__(self) -> None:
+    def __init__(self, features: bool) -> None:
+        self.features = features
         self.total: np.ndarray | None = None
-        self.samples = 0
+        self.rows = 0
+        self.alike = True
 
     def update(self, values: np.ndarray) -> None:
+        if self.features:
+            values = values.reshape(-1, values.shape[-1])
         total = values.sum(axis=0, dtype=np.float64)
-        self.total = total if self.total is None else self.total + total
-        self.samples += values.shape[0]
+        self.alike &= self.total is None or self.total.shape == total.shape
+        if self.alike:
+            self.total = total if self.total is None else self.total + total
+            self.rows += values.shape[0]
 
-    def result(self) -> np.ndarray:
-        if self.total is None:
-            raise BadInput("the calibration data hold no sample")
-        return self.total / self.samples
+    def result(self) -> np.ndarray | None:
+        return self.total / self.rows if self.alike and self.total is not None and self.rows else None
 
 
 def collect(model: Model, requests: Iterable[Request], context: Context) -> dict[Request, Any]:
@@ -168,13 +176,11 @@ def collect(model: Model, requests: Iterable[Request], context: Context) -> dict
     expose = [t for t in by_tensor if t not in inputs and t not in outputs]
     session = context.backend.session(model, threads=context.threads, expose=expose)
     data = context.calibration.for_model(model)
-    size = batch_size(model, by_tensor)
+    size, fixed = batch_size(model, by_tensor), model.batch is not None
     advance = context.progress("calibrating", len(data))
     for batch in data.batches(size):
         count = len(next(iter(batch.feeds.values())))
-        if model.batch is not None and count < model.batch:
-            continue  # a model of fixed batch cannot take the rest of the data
-        results = session.run(batch.feeds)
+        results = unpadded(session.run(padded(batch.feeds, size)), count, size) if fixed else session.run(batch.feeds)
         for name, waiting in by_tensor.items():
             values = batch.feeds[name] if name in inputs else results.pop(name)
             for accumulator in waiting:

@@ -8,27 +8,32 @@ import numpy as np
 import onnx_ir as ir
 
 from effc import edit
-from effc.layers import bias_array, output_axis
+from effc.layers import bias_array, mean_inputs, output_axis
 from effc.model import Model
 from effc.placement import Placement, is_global_mean
 from effc.quantize import Affine, quantize_weight
 
 
 class Lowering:
-    """One rewrite of a model to integers; `bits` is the width that weights keep to."""
+    """One rewrite of a model to integers.
 
-    def __init__(self, model: Model, bits: int = 8) -> None:
+    Args:
+        bits: the width that weights keep to.
+        balanced: round weights so that a channel's mean output stays, as far as mean inputs are known.
+        corrected: take what is left of that shift off the bias.
+    """
+
+    def __init__(self, model: Model, bits: int = 8, balanced: bool = False, corrected: bool = False) -> None:
         self.model = model
-        self.bits = bits
+        self.bits, self.balanced, self.corrected = bits, balanced, corrected
         self._codes: dict[ir.Value, ir.Value] = {}
         self._decoded: dict[ir.Value, ir.Value] = {}
         self._parameters: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-        self._weights: dict[tuple, ir.Value] = {}
 
     def static(
-        self, placement: Placement, ranges: Mapping[ir.Value, Affine], shifts: Mapping[ir.Node, np.ndarray]
+        self, placement: Placement, ranges: Mapping[ir.Value, Affine], means: Mapping[ir.Node, np.ndarray | None]
     ) -> None:
-        """Lower a placement. `shifts[node]` is taken off the bias of a Conv or Gemm, [N]."""
+        """Lower a placement; `means` are the mean inputs of the weighted nodes, as `effc.layers.mean_inputs` takes."""
         readers = {v: list(v.uses()) for v in placement.coded}
         inputs = {n: n.inputs[0] for n in placement.integer}
         for value, source in placement.coded.items():
@@ -46,7 +51,7 @@ class Lowering:
                 edit.hand_over_output(self.model, value, self._decoded[value])
         for node in placement.integer:
             if node.op_type in ("Conv", "Gemm", "MatMul"):
-                self._weighted(node, ranges[placement.coded[inputs[node]]], shifts.get(node))
+                self._weighted(node, ranges[placement.coded[inputs[node]]], means.get(node))
             elif is_global_mean(node):
                 self._global_pool(node)
 
@@ -102,31 +107,39 @@ class Lowering:
         else:
             edit.insert_after(self.model, maker, [node])
 
-    def _weighted(self, node: ir.Node, x: Affine, shift: np.ndarray | None) -> None:
+    def _weighted(self, node: ir.Node, x: Affine, mean: np.ndarray | None) -> None:
         """Codes for weight and bias; the bias at scale x_scale * w_scale in 32 bits, as integer kernels add it."""
-        weight_value = node.inputs[1]
-        weight = self.model.constant(weight_value)
+        weight = self.model.constant(node.inputs[1])
         axis = output_axis(node, weight.ndim)
         bias = bias_array(self.model, node, weight.shape[axis])
         if node.op_type == "Gemm":
             weight = weight * np.float32(node.attributes.get_float("alpha", 1.0))
+        met = None if mean is None else mean_inputs(node, mean, weight)
+        q = quantize_weight(
+            weight,
+            axis,
+            bits=self.bits,
+            bias=bias,
+            input_scale=float(x.scale),
+            mean=met if self.balanced else None,
+        )
+        if self.corrected and met is not None and node.op_type != "MatMul":
+            others = tuple(i for i in range(weight.ndim) if i != axis)
+            shift = ((q.decoded() - weight.astype(np.float64)) * met).sum(axis=others)
+            bias = (0.0 if bias is None else bias) - shift
+        codes = q.codes
+        if node.op_type == "Gemm":
             if axis == 0:  # integer kernels read the right operand as it stands
-                weight, axis = np.ascontiguousarray(weight.T), 1
+                codes, axis = np.ascontiguousarray(codes.T), 1
             edit.set_attributes(self.model, node, transB=None, alpha=None, beta=None)
-        if shift is not None and node.op_type != "MatMul":
-            bias = (np.zeros(len(shift), np.float32) if bias is None else bias) - shift.astype(np.float32)
-        key = (weight_value, axis, node.op_type == "Gemm" and node.attributes.get_float("alpha", 1.0))
-        q = quantize_weight(weight, axis, bits=self.bits, bias=bias, input_scale=float(x.scale))
-        if bias is not None or key not in self._weights:
-            self._weights[key] = self._constant(f"{weight_value.name}", q.codes, q.scales, axis, node)
-        edit.set_input(self.model, node, 1, self._weights[key])
+        edit.set_input(self.model, node, 1, self._constant(node.inputs[1].name, codes, q.scales, axis, node))
         if bias is None:
             return
         scales = (np.float32(x.scale) * q.scales).astype(np.float32)
-        codes = np.rint(bias / scales.astype(np.float64)).clip(-(2**31 - 1), 2**31 - 1).astype(np.int32)
+        integers = np.rint(bias / scales.astype(np.float64)).clip(-(2**31 - 1), 2**31 - 1).astype(np.int32)
         given = node.inputs[2] if len(node.inputs) > 2 else None
         hint = given.name if given is not None else f"{node.name}_bias"
-        edit.set_input(self.model, node, 2, self._constant(hint, codes, scales, 0, node))
+        edit.set_input(self.model, node, 2, self._constant(hint, integers, scales, 0, node))
 
     def _constant(self, hint: str, codes: np.ndarray, scales: np.ndarray, axis: int, node: ir.Node) -> ir.Value:
         """DequantizeLinear over constant codes."""

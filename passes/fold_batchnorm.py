@@ -21,6 +21,7 @@ from effc import edit
 from effc.contract import Context, Pass, Proposal, Skipped
 from effc.errors import PassFailed
 from effc.model import STANDARD_DOMAINS, Model, constant_tensor
+from effc.shapes import proven
 
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization")  # weight at input 1, bias at input 2
 
@@ -247,10 +248,10 @@ def _store(model: Model, node: ir.Node, index: int, array: np.ndarray, hint: str
 
 
 def _ranks(model: Model) -> dict[str, int]:
-    """Tensor -> rank; nothing where no norm needs it."""
-    if not any(True for _ in model.nodes("MatMul")) or not any(True for _ in model.nodes("BatchNormalization")):
+    """Tensor -> rank where it is proven; nothing where no layer needs it."""
+    if not any(True for _ in model.nodes("MatMul")):
         return {}
-    return {name: len(shape) for name, shape in model.shapes().items() if shape is not None}
+    return {name: len(fact.shape) for name, fact in proven(model).items() if fact.shape is not None}
 
 
 def _inner_norms(model: Model, name: str) -> list[str]:

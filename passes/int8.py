@@ -20,10 +20,10 @@ from effc import edit
 from effc.contract import Context, Pass, Proposal, Skipped
 from effc.cost import Cost, cost
 from effc.errors import PassFailed
-from effc.layers import WEIGHTED, bias_array, constant_weight, mean_response, output_axis
+from effc.layers import WEIGHTED, bias_array, constant_weight, output_axis
 from effc.model import Model
 from effc.placement import Placement, plan
-from effc.quantize import Affine, affine, choose_range, quantize_weight
+from effc.quantize import Affine, affine, choose_range
 from effc.statistics import Bins, Histogram, Mean
 from effc.target import IntegerKernels
 
@@ -45,8 +45,11 @@ class Int8(Pass):
     percentile: Annotated[
         float, Field(gt=50, le=100, description="share of values, in percent, that percentile keeps")
     ] = 99.99
+    rounding: Annotated[
+        Literal["nearest", "balanced"], Field(description="balanced: weights near a tie keep the layer's mean output")
+    ] = "balanced"
     bias_correction: Annotated[
-        bool, Field(description="subtract the mean error that rounding the weights makes on calibration data")
+        bool, Field(description="take the shift of the mean output that rounded weights cause off the bias")
     ] = True
     keep_float: Annotated[tuple[str, ...], Field(description="names or patterns (*) of layers to leave in float")] = ()
     size: Annotated[float | None, Field(gt=0, le=1, description="share of weight bytes to keep at most")] = None
@@ -113,23 +116,24 @@ class Int8(Pass):
         if model.opset < OPSET:
             edit.lift_opset(model, OPSET)
         static = [p.site for p in chosen if p.setting["form"] == "static"]
-        lowering = Lowering(model, _bits(context))
+        lowering = Lowering(model, _bits(context), self.rounding == "balanced", self.bias_correction)
         if static:
             placement = plan(model, static, context.target.integer)
             bins, means = self._observed(model, placement, context)
             ranges = {v: self._affine(b, context) for v, b in bins.items()}
-            shifts = {n: _mean_error(n, mean, _bits(context)) for n, mean in means.items()}
-            lowering.static(placement, ranges, shifts)
+            lowering.static(placement, ranges, means)
         for site in (p.site for p in chosen if p.setting["form"] == "dynamic"):
             lowering.dynamic(model.node(site))
 
     def _observed(
         self, model: Model, placement: Placement, context: Context
     ) -> tuple[dict[ir.Value, Bins], dict[ir.Node, np.ndarray]]:
-        """Histograms of the tensors with codes of their own, and mean inputs of the layers whose bias is corrected."""
+        """Histograms of the tensors with codes of their own, and mean inputs of the layers."""
         histograms = {v: Histogram(v.name) for v, source in placement.coded.items() if v is source}
-        corrected = [n for n in model.nodes("Conv", "Gemm") if n in placement.integer and self.bias_correction]
-        means = {n: Mean(n.inputs[0].name) for n in corrected}
+        means = {}
+        if self.bias_correction or self.rounding == "balanced":
+            layers = (n for n in model.nodes(*WEIGHTED) if n in placement.integer)
+            means = {n: Mean(n.inputs[0].name, features=n.op_type != "Conv") for n in layers}
         found = context.statistics(model, [*histograms.values(), *means.values()])
         return {v: found[r] for v, r in histograms.items()}, {n: found[r] for n, r in means.items()}
 
@@ -140,13 +144,6 @@ class Int8(Pass):
 
 def _bits(context: Context) -> int:
     return 7 if context.target.integer.reduce_range else 8
-
-
-def _mean_error(node: ir.Node, mean: np.ndarray, bits: int) -> np.ndarray:
-    """E[(W8 - W) x] per output: what rounding the weights adds to a layer's mean output, [N]."""
-    weight = constant_weight(node).astype(np.float64)
-    rounded = quantize_weight(weight, output_axis(node, weight.ndim), bits=bits).decoded()
-    return mean_response(node, mean, rounded - weight)
 
 
 def _strays(nodes: Set[ir.Node], model: Model, kernels: IntegerKernels) -> dict[ir.Node, str]:

@@ -13,25 +13,19 @@ Equal weights stay apart, since a later pass may change one of them and not the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
 
 from effc import edit
 from effc.contract import Context, Pass, Proposal, Skipped
 from effc.model import STANDARD_DOMAINS, Model, constant_tensor
-from effc.shapes import Fact, ShapeNumbers, slice_bounds
+from effc.shapes import ShapeNumbers, slice_bounds
 
-NODE_BYTES = 256  # about what a node takes in a file: a constant up to this size is worth as much
-LARGEST = 1 << 26  # bytes: larger weights stay on disk
-RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
-# Quantised weights are encodings that runtimes and other passes read.
-KEPT = RANDOM | {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}
+from ._constants import KEPT, NODE_BYTES, RANDOM, constants, fold, replace, unproven
 
 
 @dataclass(frozen=True)
@@ -60,11 +54,21 @@ class Simplify(Pass):
 
 def simplify(model: Model) -> None:
     """Simplify a model in place; see the module. Its inputs, outputs and the names of nodes that stay are kept."""
+    for _ in range(4):  # what was computed may prove more shapes, as where a size went through floating point
+        if not _sweep(model):
+            break
+    edit.remove_unused(model)
+
+
+def _sweep(model: Model) -> bool:
+    """Visit each node once; returns whether another sweep may find more."""
     numbers, twins = ShapeNumbers(model), {}
-    untouched = model.not_analysed()
+    untouched, folded, stuck = model.not_analysed(), False, False
     for node in [n for n in model.graph if n.name not in untouched]:
-        if _fold(model, node, numbers) or _fold_shape(model, node, numbers):
+        if fold(model, node, numbers) or _fold_shape(model, node, numbers):
+            folded = folded or node.op_type != "Constant"
             continue
+        stuck = stuck or unproven(node, numbers)
         if node.op_type == "Reshape":
             _make_static(model, node, numbers)
         elif node.op_type == "Transpose":
@@ -74,7 +78,7 @@ def simplify(model: Model) -> None:
             edit.bypass(model, node, source)
         else:
             _merge(model, node, twins)
-    edit.remove_unused(model)
+    return folded and stuck
 
 
 def _candidate(node: ir.Node, seen: set[tuple]) -> bool:
@@ -83,67 +87,9 @@ def _candidate(node: ir.Node, seen: set[tuple]) -> bool:
     key = _signature(node)
     repeated = key in seen
     seen.add(key)
-    constant = node.op_type == "Constant" or (node.inputs and all(constant_tensor(v) is not None for v in node.inputs))
-    return node.op_type not in KEPT and (repeated or bool(constant) or node.op_type in {"Shape", "Size", *_IDENTITIES})
-
-
-# f(constants) -> constant
-
-
-def _fold(model: Model, node: ir.Node, numbers: ShapeNumbers) -> bool:
-    read = [v for v in node.outputs if v.uses()]
-    if node.op_type in KEPT or not read or any(v.is_graph_output() for v in node.outputs):
-        return False
-    if node.op_type == "Constant":
-        tensor = constant_tensor(node.outputs[0])
-        return tensor is not None and _replace(model, node, {node.outputs[0]: tensor})
-    constants = {v: constant_tensor(v) for v in node.inputs if v is not None}
-    if not constants or None in constants.values():
-        return False
-    facts = [numbers.fact(v) for v in read]
-    sizes = [_nbytes(fact) for fact in facts]
-    freed = sum(t.nbytes for v, t in constants.items() if all(use.node is node for use in v.uses()))
-    if None in sizes or sum(sizes) > min(max(NODE_BYTES, freed), LARGEST):
-        return False
-    results = _evaluate(node, constants, model.opset)
-    if not results or not all(_agrees(results[v], fact) for v, fact in zip(read, facts, strict=True)):
-        return False
-    return _replace(model, node, {v: results[v] for v in read})
-
-
-def _replace(model: Model, node: ir.Node, tensors: Mapping[ir.Value, np.ndarray | ir.TensorProtocol]) -> bool:
-    inputs = list(node.inputs)
-    edit.to_weights(model, node, tensors)
-    edit.discard(model, inputs)
-    return True
-
-
-def _nbytes(fact: Fact) -> int | None:
-    if fact.dtype is None or fact.shape is None or not all(isinstance(d, int) for d in fact.shape):
-        return None
-    return int(np.prod(fact.shape, dtype=np.int64) * fact.dtype.itemsize)
-
-
-def _evaluate(node: ir.Node, constants: Mapping[ir.Value, ir.TensorProtocol], opset: int) -> dict[ir.Value, object]:
-    """The outputs by onnx's reference implementation; nothing where that has none."""
-    message, names = ir.to_proto(node), [v.name for v in constants]
-    imports = [onnx.helper.make_opsetid("", opset)]
-    outputs = [v for v in node.outputs if v.name]
-    function = onnx.helper.make_function("effc", "fold", names, [v.name for v in outputs], [message], imports)
-    try:
-        with np.errstate(all="ignore"):
-            feeds = {v.name: t.numpy() for v, t in constants.items()}
-            results = ReferenceEvaluator(function).run(None, feeds, attributes={})
-    except Exception:  # a missing or faulty implementation raises whatever NumPy raises; the node then stays
-        return {}
-    return dict(zip(outputs, (np.asarray(r) if isinstance(r, np.generic) else r for r in results), strict=True))
-
-
-def _agrees(array: object, fact: Fact) -> bool:
-    """The reference has slips in types and shapes: what it returns must be what inference says, and a number."""
-    if not isinstance(array, np.ndarray) or array.dtype != fact.dtype.numpy() or array.shape != fact.shape:
-        return False
-    return not (array.dtype.kind == "f" and np.isnan(array).any())
+    if node.op_type in {"Constant", "Shape", "Size", *_IDENTITIES}:
+        return True
+    return (repeated and node.op_type not in RANDOM) or (node.op_type not in KEPT and constants(node) is not None)
 
 
 # Shape arithmetic
@@ -154,7 +100,7 @@ def _fold_shape(model: Model, node: ir.Node, numbers: ShapeNumbers) -> bool:
     found, output = numbers.follow(node), node.outputs[0]
     if found is None or not all(isinstance(n, int) for n in found) or not output.uses() or output.is_graph_output():
         return False
-    return _replace(model, node, {output: np.array(found, np.int64).reshape(numbers.fact(output).shape)})
+    return replace(model, node, {output: np.array(found, np.int64).reshape(numbers.fact(output).shape)})
 
 
 def _make_static(model: Model, node: ir.Node, numbers: ShapeNumbers) -> None:
@@ -187,6 +133,8 @@ def _compose(model: Model, node: ir.Node) -> None:
     if outer is not None and inner is not None and len(outer) == len(inner):
         edit.set_input(model, node, 0, first.inputs[0])
         edit.set_attributes(model, node, perm=[inner[axis] for axis in outer])
+        if not first.outputs[0].uses():
+            edit.absorb(node, first)
 
 
 def _unchanged(node: ir.Node, numbers: ShapeNumbers) -> ir.Value | None:
@@ -239,13 +187,14 @@ _IDENTITIES: dict[str, Callable[[ir.Node, ShapeNumbers], ir.Value | None]] = {
 
 def _merge(model: Model, node: ir.Node, twins: dict[tuple, list[ir.Node]]) -> None:
     """f(x), f(x) -> one f(x)."""
-    if not node.inputs or node.op_type in RANDOM | {"Dropout"} or any(v.is_graph_output() for v in node.outputs):
+    if not node.inputs or node.op_type in RANDOM or any(v.is_graph_output() for v in node.outputs):
         return
     alike = twins.setdefault(_signature(node), [])
     for twin in alike[:8]:
         pairs = {old: new for old, new in zip(node.outputs, twin.outputs, strict=False) if old.uses()}
         if len(node.outputs) == len(twin.outputs) and all(v.name for v in pairs.values()) and _same(node, twin):
             edit.replace(model, [node], [], pairs)
+            edit.absorb(twin, node)
             return
     alike.append(node)
 
