@@ -23,7 +23,7 @@ from effc.errors import BadInput, EffcError, RequirementNotMet
 from effc.guard import Guard
 from effc.history import KEPT, UNDONE, Accuracy, History, Snapshot
 from effc.manager import PassManager
-from effc.measure import random_feeds
+from effc.measure import Latency, random_feeds
 from effc.model import Model
 from effc.recipe import build, describe, format_calls, parse
 from effc.runtime import Backend
@@ -212,7 +212,7 @@ def _finish(history: History, guard: Guard, original: Model, reached: Model, con
     if guard.evaluation is not None:
         history.original.accuracy = guard.accuracy(original)
     if changed and guard.measure:
-        history.latency = _last_latency(history) or guard.latency(original, reached)
+        history.latency = _only_latency(history, original) or guard.latency(original.file or original, reached)
         if history.latency.slower and guard.goal == "latency" and not guard.force:
             # Each stage may lose up to the noise; together they must not.
             for stage in history.stages:
@@ -228,6 +228,13 @@ def _finish(history: History, guard: Guard, original: Model, reached: Model, con
     if changed:
         _sign(final, history)
     accuracy: Accuracy | None = guard.accuracy(reached) if guard.evaluation is not None else None
+    if accuracy is not None and guard.chosen_on_part:
+        on_all = accuracy
+        accuracy, history.original.accuracy = guard.reported(reached), guard.reported(original)
+        history.notes.append(
+            f"accuracy is reported on the {accuracy.samples} evaluation samples that did not serve for choosing; on all"
+            f" {on_all.samples} {on_all.metric} is {on_all.points:.2f} ({-on_all.drop:+.2f})"
+        )
     batch, dims = context.batch, context.dims
     history.final = Snapshot(cost(final, batch, dims).total, stored_size(final), len(final.graph), accuracy)
     deployment = context.backend.deployment(final, guard.feeds, context.threads)
@@ -242,10 +249,10 @@ def _finish(history: History, guard: Guard, original: Model, reached: Model, con
     return Result(final, history)
 
 
-def _last_latency(history: History):
+def _only_latency(history: History, original: Model) -> Latency | None:
     """The latency of the only stage that was kept is that of the whole."""
     kept = [stage for stage in history.stages if stage.status == KEPT]
-    return kept[0].latency if len(kept) == 1 else None
+    return kept[0].latency if len(kept) == 1 and original.file is None else None
 
 
 def _sign(model: Model, history: History) -> None:

@@ -19,6 +19,7 @@ from effc.model import Model
 from effc.verify import verify
 
 _FAULTS = (ValueError, KeyError, TypeError, AttributeError, RuntimeError)  # what onnx_ir raises on broken messages
+OVERRIDABLE = "weights listed among the graph inputs are plain weights now: a runtime can fold and fuse these"
 OLDEST_OPSET, NEWEST_OPSET = 7, onnx.defs.onnx_opset_version()
 
 
@@ -40,7 +41,10 @@ def load(path: str | os.PathLike) -> Model:
         proto = onnx.load(path, format="protobuf", load_external_data=False)
     except (DecodeError, ValueError, OSError) as error:
         raise BadInput(f"{path} is not an ONNX model, or it is truncated ({_first_line(error)})") from error
-    return from_proto(proto, name=path.stem, folder=path.parent)
+    model = from_proto(proto, name=path.stem, folder=path.parent)
+    if OVERRIDABLE in model.notes:
+        model.file = path
+    return model
 
 
 def from_proto(proto: onnx.ModelProto, name: str = "model", folder: Path | None = None) -> Model:
@@ -60,7 +64,7 @@ def from_proto(proto: onnx.ModelProto, name: str = "model", folder: Path | None 
         # Weights that a caller may override can be neither folded nor quantised; from IR 4 on they need not be inputs.
         ir_passes.RemoveInitializersFromInputsPass()(model)
         model.ir_version = max(model.ir_version or 0, 4)
-        notes.append("weights listed among the graph inputs are plain weights now")
+        notes.append(OVERRIDABLE)
     _check_weights(model)
     if not _in_order(model.graph):
         try:
@@ -87,9 +91,12 @@ def from_proto(proto: onnx.ModelProto, name: str = "model", folder: Path | None 
 
 def _complete_outputs(model: Model) -> None:
     """Runtimes take an output without a shape, and the ONNX checker does not."""
-    for value in model.graph.outputs:
-        if value.shape is None and isinstance(value.type, ir.TensorType) and model.shapes().get(value.name) is not None:
-            value.shape = ir.Shape(model.shapes()[value.name])
+    bare = [v for v in model.graph.outputs if v.shape is None and isinstance(v.type, ir.TensorType)]
+    found = model.shapes() if bare else {}
+    for value in bare:
+        if (shape := found.get(value.name)) is not None:
+            value.shape = ir.Shape(shape)
+            model.touch()
 
 
 @contextmanager

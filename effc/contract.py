@@ -137,6 +137,10 @@ class Pass(ABC):
     def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
         """Make the chosen rewrites in place, through `effc.edit`, in topological order. Must be deterministic."""
 
+    def variants(self, model: Model, chosen: Sequence[Proposal], context: Context) -> Iterator[Sequence[Proposal]]:
+        """Smaller choices that may run faster than all that was chosen; the fastest, as measured, is taken."""
+        return iter(())
+
     def budget(self) -> Mapping[str, float]:
         """The pass's own budget, by the names that all passes share: macs, size (shares kept), max_drop (points)."""
         names = ("macs", "size", "max_drop")

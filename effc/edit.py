@@ -13,11 +13,13 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
-from effc.errors import InvalidModel, PassFailed
+from effc.errors import BadInput, InvalidModel, PassFailed
 from effc.model import STANDARD_DOMAINS, Model
 from effc.shapes import strip
 
 ORIGIN = "effc.origin"  # key in ir.Node.meta: names of the nodes of the model before the pass
+
+FORGOTTEN = "effc.forgotten"  # key in ir.Value.meta: the recorded shape was dropped
 
 
 def fresh(model: Model, hint: str) -> str:
@@ -45,6 +47,8 @@ def set_initializer(model: Model, value: ir.Value, array: np.ndarray | ir.Tensor
     if not value.is_initializer() or value.graph is not model.graph:
         raise PassFailed(f"{value.name!r} is not a weight of the main graph")
     new = _initializer(value.name, array)
+    if value.shape is not None and tuple(value.shape) != tuple(new.shape):
+        forget_shapes(model, *(use.node for use in value.uses()))
     value.const_value, value.shape, value.type = new.const_value, new.shape, new.type
     model.touch()
 
@@ -117,6 +121,24 @@ def set_input(model: Model, node: ir.Node, index: int, value: ir.Value | None) -
     if index >= len(node.inputs):
         node.resize_inputs(index + 1)
     node.replace_input_with(index, value)
+    model.touch()
+
+
+def forget_shapes(model: Model, *nodes: ir.Node) -> None:
+    """Drop the shapes recorded for what these nodes make, and for all that is computed from it.
+
+    For rewrites after which inner tensors are of other sizes: a runtime that believes a stale record fails, or reuses
+    a buffer that is too small. Outputs of the graph keep theirs: they are a promise to the caller.
+    """
+    waiting = [v for node in nodes for v in node.outputs]
+    while waiting:
+        value = waiting.pop()
+        if FORGOTTEN in value.meta:
+            continue  # so was all behind it: every tensor is visited once, however many weights change
+        value.meta[FORGOTTEN] = True
+        if not any(v is value for v in model.graph.outputs):
+            value.shape = None
+        waiting += [v for use in value.uses() for v in use.node.outputs]
     model.touch()
 
 
@@ -315,6 +337,24 @@ def substitute(model: Model, new: ir.Model) -> None:
     fresh_model = Model(new, model.name)
     model.ir, model._names = fresh_model.ir, None
     model.touch()
+
+
+def cut(model: Model, tensors: Sequence[str]) -> Model:
+    """A copy that computes these tensors of the main graph and nothing else; inputs stay. Raises BadInput."""
+    copy = model.clone()
+    for name in tensors:
+        try:
+            copy.value(name)
+        except KeyError:
+            raise BadInput(f"no tensor is called {name!r}") from None
+    values = [copy.value(name) for name in tensors]
+    for value in values:
+        value.shape = None if value.producer() is not None else value.shape  # it may be stale; a runtime infers it
+    copy.graph.outputs.clear()
+    copy.graph.outputs.extend(values)
+    remove_unused(copy)
+    copy.touch()
+    return copy
 
 
 def set_metadata(model: Model, properties: Mapping[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -11,14 +12,19 @@ from effc.choose import QUANTITIES, saving
 from effc.contract import Progress, Proposal, no_progress
 from effc.cost import cost
 from effc.data import Data
+from effc.errors import BadInput
 from effc.evaluate import Score, evaluate
 from effc.history import KEPT, UNDONE, Accuracy, PassRecord, StageRecord
-from effc.measure import Latency, compare
+from effc.measure import Latency, compare, compare_many
 from effc.model import Model
 from effc.runtime import Backend
+from effc.shapes import stored_size
 
 # Rounding to 8 bits in another order moves outputs by percents at most; a corrupted layer moves them by their size.
 DEPLOYED_EXACT, DEPLOYED_LOSSY = 1e-3, 0.25
+
+SMALLER = 0.98  # share of the size that counts as a gain where time is the same
+RACE_SECONDS = 1.5  # for each two models
 
 
 @dataclass
@@ -32,6 +38,7 @@ class Guard:
         measure: False: nothing is timed, and the record says "unproven".
         force: keep what does not pay.
         feeds: one batch of inputs, for timing and for comparing outputs.
+        chosen_on_part: a part of the evaluation data served for choosing; what is reported comes from the rest.
     """
 
     original: Model
@@ -47,7 +54,13 @@ class Guard:
     dims: Mapping[str, int] = field(default_factory=dict)
     seed: int = 0
     progress: Progress = no_progress
-    _scores: dict[tuple[int, bool], dict[str, Score]] = field(default_factory=dict)
+    chosen_on_part: bool = False
+    _scores: dict[tuple[int, str], dict[str, Score]] = field(default_factory=dict)
+
+    @property
+    def times(self) -> bool:
+        """Whether latency decides and is measured."""
+        return self.measure and self.goal == "latency"
 
     @property
     def quantity(self) -> str:
@@ -68,11 +81,11 @@ class Guard:
         self._deployed(record, after, lossy)
         if record.status == KEPT and lossy and self.evaluation is not None:
             record.accuracy = self.accuracy(after)
-            if limit is not None and record.accuracy.drop > limit:
+            if limit is not None and _known_drop(record.accuracy) > limit:
                 record.status, record.cause = UNDONE, "accuracy"
                 record.reason = f"{_points(record.accuracy)}, more than the {limit:g} allowed"
         if record.status == KEPT:
-            self._pays(record, before, after)
+            self._pays(record, before, after, lossy)
 
     def _deployed(self, record: StageRecord, after: Model, lossy: bool) -> None:
         deployment = self.backend.deployment(after, self.feeds, self.threads)
@@ -84,7 +97,7 @@ class Guard:
                 f" {deployment.difference:.2g} of the largest output, more than {allowed:g}: the runtime corrupts it"
             )
 
-    def _pays(self, record: StageRecord, before: Model, after: Model) -> None:
+    def _pays(self, record: StageRecord, before: Model, after: Model, lossy: bool) -> None:
         if self.goal != "latency":
             a, b = (getattr(cost(m, self.batch, self.dims).total, self.quantity) for m in (before, after))
             if b > a:
@@ -96,10 +109,11 @@ class Guard:
         record.latency = self.latency(before, after)
         if record.latency.slower:
             # Noise comes in bursts: what is undone was seen slower twice.
-            again = self.latency(before, after, seed=self.seed + 1)
-            if again.slower:
-                self._reject(record, f"slower: {again.describe()}")
-            record.latency = again
+            record.latency = self.latency(before, after, seed=self.seed + 1)
+        if record.latency.slower:
+            self._reject(record, f"slower: {record.latency.describe()}")
+        elif lossy and not record.latency.faster and stored_size(after) > SMALLER * stored_size(before):
+            self._reject(record, f"it gains neither time nor size: {record.latency.describe()}")
 
     def _reject(self, record: StageRecord, reason: str) -> None:
         if self.force:
@@ -107,7 +121,7 @@ class Guard:
         else:
             record.status, record.cause, record.reason = UNDONE, "goal", reason
 
-    def latency(self, before: Model, after: Model, seed: int | None = None) -> Latency:
+    def latency(self, before: Model | Path, after: Model, seed: int | None = None) -> Latency:
         """Interleaved latency of two models at the stated batch and threads."""
         return compare(
             before,
@@ -119,47 +133,77 @@ class Guard:
             progress=self.progress,
         )
 
+    def race(self, models: Mapping[str, Model]) -> dict[str, Latency]:
+        """Latency of several models in turns, beside the first."""
+        return compare_many(
+            models,
+            self.feeds,
+            backend=self.backend,
+            reference=next(iter(models)),
+            threads=self.threads,
+            seconds=RACE_SECONDS,
+            pairs=4,
+            seed=self.seed,
+            progress=self.progress,
+        )
+
     def accuracy(self, model: Model) -> Accuracy:
         """The metric on all evaluation data, beside the original's."""
-        scores = self._evaluated(model, choosing=False)
-        return Accuracy.of(scores["model"], scores["original"])
+        return self._accuracy(model, "all")
 
-    def drop(self, model: Model, *, choosing: bool) -> float:
-        """Points lost; `choosing`: on the part of the evaluation data that is kept for choosing."""
-        scores = self._evaluated(model, choosing)
-        return Accuracy.of(scores["model"], scores["original"]).drop
+    def reported(self, model: Model) -> Accuracy:
+        """The metric on the evaluation data that no choice was made on."""
+        return self._accuracy(model, "reporting" if self.chosen_on_part else "all")
+
+    def drop(self, model: Model) -> float | None:
+        """Points lost on the part of the evaluation data that is kept for choosing."""
+        return self._accuracy(model, "choosing").drop
 
     @property
     def choosing_samples(self) -> int:
-        return 0 if self.evaluation is None else len(self._part(True))
+        return len(self._part("choosing"))
 
-    def _part(self, choosing: bool) -> Data:
+    def _part(self, part: str) -> Data:
         if self.evaluation is None:
-            raise ValueError("there are no evaluation data")
-        return self.evaluation.split()[0] if choosing else self.evaluation
+            raise BadInput("accuracy needs evaluation data: give --evaluate SPEC (Python: evaluate=...)")
+        if part == "all":
+            return self.evaluation
+        choosing, reporting = self.evaluation.split()
+        return choosing if part == "choosing" else reporting
 
-    def _evaluated(self, model: Model, choosing: bool) -> dict[str, Score]:
-        key = (model.revision, choosing)
+    def _accuracy(self, model: Model, part: str) -> Accuracy:
+        scores = self._evaluated(model, part)
+        accuracy = Accuracy.of(scores["model"], scores["original"])
+        if self.max_drop is not None:
+            _known_drop(accuracy)
+        return accuracy
+
+    def _evaluated(self, model: Model, part: str) -> dict[str, Score]:
+        key = (model.revision, part)
         if key not in self._scores:
             sessions = {"original": self.backend.session(self.original, threads=self.threads)}
             if model.revision != self.original.revision:
                 sessions["model"] = self.backend.session(model, threads=self.threads)
             scores = evaluate(
-                sessions,
-                self._part(choosing).for_model(self.original),
-                batch=self.original.batch,
-                reference="original",
-                progress=self.progress,
+                sessions, self._part(part), batch=self.original.batch, reference="original", progress=self.progress
             )
             scores.setdefault("model", scores["original"])
             self._scores[key] = scores
         return self._scores[key]
 
 
+def _known_drop(accuracy: Accuracy) -> float:
+    if accuracy.drop is None:
+        raise BadInput(
+            f"{accuracy.metric} of the original against itself is infinite, so no drop can be held;"
+            " set metric to agreement, cosine or kl"
+        )
+    return accuracy.drop
+
+
 def _points(accuracy: Accuracy) -> str:
-    return (
-        f"{accuracy.metric} falls by {accuracy.drop:.2f} points to {accuracy.points:.2f} on {accuracy.samples} samples"
-    )
+    reached = "no number" if accuracy.points is None else f"{accuracy.points:.2f}"
+    return f"{accuracy.metric} falls by {accuracy.drop:.2f} points to {reached} on {accuracy.samples} samples"
 
 
 def _quantised(model: Model) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,20 +45,25 @@ class NodeRecord:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A metric on evaluation data; `points` is 100 x for top1, top5 and agreement, else the metric's own unit."""
+    """A metric on evaluation data; `points` is 100 x for top1, top5 and agreement, else the metric's own unit.
+
+    A metric that is infinite for the original against itself (sqnr) has no drop, and no points there.
+    """
 
     metric: str
-    points: float
+    points: float | None
     samples: int
-    drop: float
+    drop: float | None
     agreement: float | None
     damage: float | None
 
     @classmethod
     def of(cls, score: Score, original: Score) -> Accuracy:
         sign = 1 if score.higher_is_better else -1
-        drop = sign * (original.points - score.points)
-        return cls(score.metric, score.points, score.samples, drop, score.agreement, score.damage)
+        points = score.points if math.isfinite(score.points) else None
+        drop = sign * (original.points - score.points) + 0.0 if math.isfinite(original.points) else None
+        damage = score.damage if math.isfinite(score.damage) else None
+        return cls(score.metric, points, score.samples, drop, score.agreement, damage)
 
 
 @dataclass

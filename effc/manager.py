@@ -7,49 +7,21 @@ A stage works on a clone; it is kept when it is right, accurate enough and pays,
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from effc import edit
-from effc.choose import by_worth, choose
-from effc.contract import Context, Pass, Proposal, Repeat, Skipped
+from effc.choose import choose
+from effc.contract import Context, Pass, Proposal, Skipped
 from effc.cost import cost
 from effc.errors import BadInput, EffcError, InvalidModel, PassFailed
 from effc.guard import Guard
 from effc.history import KEPT, UNCHANGED, UNDONE, PassRecord, StageRecord, compose, ledger
 from effc.model import Model
 from effc.recipe import describe, format_calls
+from effc.search import Search
+from effc.stages import Attempt, Stage, stages
 from effc.verify import drift, verify
-
-
-@dataclass
-class Stage:
-    """Consecutive passes that are kept or undone together."""
-
-    passes: list[Pass]
-
-    @property
-    def lossy(self) -> bool:
-        return any(not step.exact for step in self.passes)
-
-    @property
-    def searchable(self) -> bool:
-        """One lossy pass and nothing that trains: its rewrites can be given up one by one to hold a limit."""
-        return len(self.passes) == 1 and self.lossy
-
-
-@dataclass
-class Attempt:
-    """A stage carried out on a clone."""
-
-    model: Model
-    records: list[PassRecord]
-    node_map: dict[str, tuple[str, ...]]
-    chosen: list[list[Proposal]]
-
-    @property
-    def changed(self) -> bool:
-        return any(record.status == KEPT for record in self.records)
 
 
 @dataclass
@@ -106,9 +78,14 @@ class PassManager:
             record.status = UNCHANGED
             return attempt, record
         limit = self._limit(stage)
+        search = Search(self.guard, lambda chosen: self._attempt(stage, before, [chosen]))
+        if stage.searchable:
+            attempt = search.quickest(attempt, list(stage.passes[0].variants(before, attempt.chosen[0], self.context)))
+            record = StageRecord(attempt.records)
         self.guard.judge(record, before, attempt.model, stage.lossy, limit)
         if record.cause == "accuracy" and stage.searchable and limit is not None:
-            attempt, record = self._search(stage, before, attempt, record, limit)
+            again = self._precise(stage.passes[0], before)
+            attempt, record = search.within(limit, before, attempt, record, again)
         if record.status == UNDONE:
             for step in record.passes:
                 step.status, step.reason = UNDONE, step.reason or record.reason
@@ -121,59 +98,13 @@ class PassManager:
             raise BadInput("max_drop needs evaluation data: give --evaluate SPEC (Python: evaluate=...)")
         return min([*own, *([] if self.guard.max_drop is None else [self.guard.max_drop])], default=None)
 
-    def _search(
-        self, stage: Stage, before: Model, full: Attempt, failed: StageRecord, limit: float
-    ) -> tuple[Attempt, StageRecord]:
-        """Give rewrites up, worst trade of damage for gain first, until the limit holds on data kept for choosing.
-
-        Bisection assumes that the drop grows with the number of rewrites, which holds but for noise. What it finds is
-        then judged on all evaluation data; when it fails there, half as many rewrites are tried, and so on.
-        """
-        step = stage.passes[0]
+    def _precise(self, step: Pass, before: Model) -> list[Proposal]:
+        """The proposals again, with damage estimated as well as the pass can."""
         self.context.precise = True
         try:
-            again, skipped = self._proposals(step, before)
+            return self._proposals(step, before)[0]
         finally:
             self.context.precise = False
-        wanted = {(p.site, _key(p)) for p in full.chosen[0]}
-        order = by_worth([p for p in again if (p.site, _key(p)) in wanted], self.guard.quantity)
-        low, high = 0, len(order)
-        attempt, record = full, failed
-        while high - low > 1:
-            middle = (low + high) // 2
-            candidate = self._attempt(stage, before, [order[:middle]], skipped)
-            if self.guard.drop(candidate.model, choosing=True) <= limit:
-                low = middle
-            else:
-                high = middle
-        looks = 1
-        while low:
-            attempt = self._attempt(stage, before, [order[:low]], skipped)
-            record = StageRecord(attempt.records)
-            looks += 1
-            self.guard.judge(record, before, attempt.model, True, limit)
-            if record.cause != "accuracy":
-                break
-            low //= 2
-        note = (
-            f"{len(order) - low} of {len(order)} rewrites were given up to hold a drop of {limit:g} points; chosen on"
-            f" {self.guard.choosing_samples} samples, judged {looks} times on all evaluation samples"
-        )
-        for entry in record.passes:
-            entry.notes.append(note)
-        if record is not failed:
-            given_up = {name: p for p in order[low:] for name in p.nodes}
-            self._explain(record.passes[0], given_up, limit)
-        return attempt, record
-
-    @staticmethod
-    def _explain(record: PassRecord, given_up: Mapping[str, Proposal], limit: float) -> None:
-        record.ledger = [
-            replace(entry, reason=f"given up to hold a drop of {limit:g} points", damage=given_up[entry.node].damage)
-            if entry.status == "skipped" and entry.node in given_up
-            else entry
-            for entry in record.ledger
-        ]
 
     def _replayed(self, stage: Stage, before: Model, told: StageRecord) -> tuple[Attempt, StageRecord]:
         names = [step.name for step in stage.passes]
@@ -191,7 +122,6 @@ class PassManager:
         stage: Stage,
         before: Model,
         chosen: Sequence[Sequence[Proposal]] | None = None,
-        skipped: Mapping[str, str] | None = None,
     ) -> Attempt:
         """Carry a stage out; `chosen` says what to do, pass by pass, in place of proposing and choosing."""
         model = before
@@ -199,7 +129,7 @@ class PassManager:
         records, done = [], []
         for number, step in enumerate(stage.passes):
             given = None if chosen is None else list(chosen[number])
-            model, record, own, taken = self.apply(step, model, given, skipped)
+            model, record, own, taken = self.apply(step, model, given)
             node_map = compose(node_map, own)
             records.append(record)
             done.append(taken)
@@ -219,7 +149,6 @@ class PassManager:
         step: Pass,
         model: Model,
         chosen: list[Proposal] | None = None,
-        skipped: Mapping[str, str] | None = None,
     ) -> tuple[Model, PassRecord, dict[str, tuple[str, ...]], list[Proposal]]:
         """One pass on a clone: propose, choose, rewrite, verify.
 
@@ -232,6 +161,7 @@ class PassManager:
         before_cost = cost(model, self.context.batch, self.context.dims).total
         record.cost_before = record.cost_after = before_cost
         unchanged = {node.name: (node.name,) for node in model.graph}
+        skipped: dict[str, str] = {}
         with _Blaming(step):
             if chosen is None:
                 proposals, skipped = self._proposals(step, model)
@@ -246,7 +176,7 @@ class PassManager:
                     edit.remove_unused(clone)
                     verify(clone, model)
         record.chosen = [(p.site, dict(p.setting)) for p in chosen]
-        record.ledger = ledger(model, clone, chosen, skipped or {}, step)
+        record.ledger = ledger(model, clone, chosen, skipped, step)
         record.seconds = time.perf_counter() - started
         if not record.counts["changed"] and clone.revision == clone_revision:
             record.status, record.reason = UNCHANGED, _why_unchanged(record, chosen)
@@ -276,38 +206,6 @@ class _Blaming:
             raise PassFailed(f"{self.step.name}: {error}; leave this pass out") from error
         if isinstance(error, Exception) and not isinstance(error, EffcError):
             raise PassFailed(f"{self.step.name}: {type(error).__name__}: {error}; leave this pass out") from error
-
-
-def stages(passes: Sequence[Pass]) -> list[Stage]:
-    """Split a recipe into what the guard judges as one."""
-    planned: list[Stage] = []
-    steps = list(passes)
-    while steps:
-        step = steps.pop(0)
-        if isinstance(step, Repeat):
-            planned.append(Stage(list(_unrolled([step]))))
-            continue
-        own = [step]
-        if not step.exact and not step.recovers:
-            until = next((i for i, s in enumerate(steps) if s.recovers), None)
-            if until is not None:
-                own += _unrolled(steps[: until + 1])
-                del steps[: until + 1]
-        planned.append(Stage(own))
-    return planned
-
-
-def _unrolled(passes: Sequence[Pass]) -> Iterator[Pass]:
-    for step in passes:
-        if isinstance(step, Repeat):
-            for _ in range(step.steps):
-                yield from _unrolled(step.passes)
-        else:
-            yield step
-
-
-def _key(p: Proposal) -> str:
-    return repr(sorted(p.setting.items()))
 
 
 def _node_map(before: Model, after: Model) -> dict[str, tuple[str, ...]]:

@@ -70,7 +70,7 @@ def _latency(stage: StageRecord) -> str:
 def _accuracy(accuracy: Accuracy | None) -> str:
     if accuracy is None:
         return "-"
-    return f"{accuracy.metric} {accuracy.points:.2f} ({-accuracy.drop:+.2f})"
+    return f"{accuracy.metric} {_number(accuracy.points)} {_fall(accuracy)}".rstrip()
 
 
 def _drift(record: PassRecord) -> str:
@@ -116,12 +116,20 @@ def totals(before: Snapshot, after: Snapshot, latency: Latency | None) -> list[t
     ]
     if before.accuracy is not None and after.accuracy is not None:
         a, b = before.accuracy, after.accuracy
-        rows.append((f"{b.metric} on {b.samples}", f"{a.points:.2f}", f"{b.points:.2f}", f"{-b.drop:+.2f}"))
+        rows.append((f"{b.metric} on {b.samples}", _number(a.points), _number(b.points), _fall(b).strip("()")))
         if b.agreement is not None:
             rows.append(("agreement, %", "100.00", f"{100 * b.agreement:.2f}", ""))
         if b.damage is not None:
             rows.append(("divergence, nats", "0", f"{b.damage:.2g}", ""))
     return rows
+
+
+def _number(points: float | None) -> str:
+    return "-" if points is None else f"{points:.2f}"
+
+
+def _fall(accuracy: Accuracy) -> str:
+    return "" if accuracy.drop is None else f"({0.0 - accuracy.drop:+.2f})"
 
 
 def _ratio(before: float, after: float) -> str:

@@ -83,7 +83,7 @@ def message(model: Model, place: Place, *, changed: Callable[[ir.Model], None] |
     Raises:
         EffcError: what is left is over 2 GiB, more than a message can hold.
     """
-    copy = model.ir.clone()
+    copy = model.clone().ir
     if changed is not None:
         changed(copy)
     left = 0

@@ -45,7 +45,7 @@ def proven(model: Model) -> dict[str, Fact]:
     Shapes that the file records for inner tensors and outputs do not count: they may be those of another batch. Nor do
     onnxruntime's symbolic shapes, which take two symbols for equal where an addition makes that likely.
     """
-    return model.cached("proven", lambda: _proven(model))
+    return model.cached("proven", lambda: _proven(model), for_clones=True)
 
 
 def _proven(model: Model) -> dict[str, Fact]:
@@ -184,7 +184,13 @@ def slice_bounds(node: ir.Node) -> tuple[list[int], list[int], list[int] | None,
 
 def skeleton(model: Model) -> onnx.ModelProto:
     """The model as a message without its large weights, which become graph inputs of the same name and shape."""
-    copy = model.ir.clone()
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.cached("skeleton", lambda: _skeleton(model), for_clones=True))  # the caller's own to change
+    return proto
+
+
+def _skeleton(model: Model) -> onnx.ModelProto:
+    copy = model.clone().ir
     strip(copy)
     return ir.to_proto(copy)
 

@@ -7,13 +7,13 @@ data through the runtime. Nothing is kept of the activations themselves.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from effc import edit
 from effc.data import padded, unpadded
 from effc.errors import BadInput
 from effc.model import Model
@@ -25,16 +25,23 @@ BATCH_BYTES = 32 * 2**20  # activations of one batch, about
 
 
 class Accumulator(Protocol):
-    def update(self, values: np.ndarray) -> None: ...
+    def update(self, values: np.ndarray, *beside: np.ndarray) -> None:
+        """Take in one batch, first axis samples; `beside` for the same samples where the request names one."""
+        ...
 
     def result(self) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Request:
-    """One statistic of one tensor. Subclasses say which and make its accumulator."""
+    """One statistic of one tensor, or of a pair. Subclasses say which and make its accumulator.
+
+    `beside` names a tensor of the original model: passes that correct as they go look at what a layer now gets and at
+    what it used to get, for the same samples.
+    """
 
     tensor: str
+    beside: str | None = field(default=None, kw_only=True)
 
     def start(self) -> Accumulator:
         raise TypeError(f"{type(self).__name__} says no way to accumulate")
@@ -93,7 +100,7 @@ class _HistogramAccumulator:
         self.counts = np.zeros(0, np.int64)
         self.minimum, self.maximum = math.inf, -math.inf
 
-    def update(self, values: np.ndarray) -> None:
+    def update(self, values: np.ndarray, *beside: np.ndarray) -> None:
         if not values.size:
             return
         samples = values.shape[0] if values.ndim else 1
@@ -149,7 +156,7 @@ class _MeanAccumulator:
         self.rows = 0
         self.alike = True
 
-    def update(self, values: np.ndarray) -> None:
+    def update(self, values: np.ndarray, *beside: np.ndarray) -> None:
         if self.features:
             values = values.reshape(-1, values.shape[-1])
         total = values.sum(axis=0, dtype=np.float64)
@@ -167,26 +174,44 @@ def collect(model: Model, requests: Iterable[Request], context: Context) -> dict
     requests = list(requests)
     if context.calibration is None:
         raise BadInput("calibration data are needed: give --calibrate SPEC (Python: calibrate=...)")
-    inputs = {info.name for info in model.inputs}
-    by_tensor: dict[str, list[Accumulator]] = defaultdict(list)
+    tensors = {r.tensor for r in requests}
+    beside = {r.beside for r in requests if r.beside is not None}
+    if model.revision == context.original.revision:
+        here = there = _Probe(model, tensors | beside, context)
+    else:
+        here, there = _Probe(model, tensors, context), _Probe(context.original, beside, context)
     accumulators = {request: request.start() for request in requests}
-    for request, accumulator in accumulators.items():
-        by_tensor[request.tensor].append(accumulator)
-    outputs = {info.name for info in model.outputs}
-    expose = [t for t in by_tensor if t not in inputs and t not in outputs]
-    session = context.backend.session(model, threads=context.threads, expose=expose)
     data = context.calibration.for_model(model)
-    size, fixed = batch_size(model, by_tensor), model.batch is not None
+    size = min(batch_size(model, tensors), batch_size(context.original, beside))
     advance = context.progress("calibrating", len(data))
     for batch in data.batches(size):
         count = len(next(iter(batch.feeds.values())))
-        results = unpadded(session.run(padded(batch.feeds, size)), count, size) if fixed else session.run(batch.feeds)
-        for name, waiting in by_tensor.items():
-            values = batch.feeds[name] if name in inputs else results.pop(name)
-            for accumulator in waiting:
-                accumulator.update(np.asarray(values))
+        now = here.run(batch.feeds, count)
+        before = now if there is here else there.run(batch.feeds, count)
+        for request, accumulator in accumulators.items():
+            pair = () if request.beside is None else (before[request.beside],)
+            accumulator.update(now[request.tensor], *pair)
         advance(count)
     return {request: accumulator.result() for request, accumulator in accumulators.items()}
+
+
+class _Probe:
+    """Runs a model as far as some tensors need it."""
+
+    def __init__(self, model: Model, tensors: Iterable[str], context: Context) -> None:
+        inputs = {info.name for info in model.inputs}
+        self.inputs = sorted(inputs & set(tensors))
+        self.batch = model.batch
+        inner = sorted(set(tensors) - inputs)
+        self.session = context.backend.session(edit.cut(model, inner), threads=context.threads) if inner else None
+
+    def run(self, feeds: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+        found = {name: np.asarray(feeds[name]) for name in self.inputs}
+        if self.session is None:
+            return found
+        if self.batch is None:
+            return found | {name: np.asarray(output) for name, output in self.session.run(feeds).items()}
+        return found | unpadded(self.session.run(padded(feeds, self.batch)), count, self.batch)
 
 
 def batch_size(model: Model, tensors: Iterable[str]) -> int:

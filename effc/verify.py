@@ -11,9 +11,9 @@ import numpy as np
 import onnx
 
 from effc.errors import InvalidModel
-from effc.model import Model
+from effc.model import Model, shape_tuple
 from effc.runtime import Backend
-from effc.shapes import skeleton
+from effc.shapes import proven, skeleton
 
 RULES: list[Callable[[Model], Iterator[str]]] = []
 
@@ -84,6 +84,32 @@ def verify(model: Model, before: Model | None = None) -> None:
         for a, b in zip(was, now, strict=True):
             if a.shape is not None and b.shape is not None and a.shape != b.shape:
                 raise InvalidModel(f"{a.name!r} had the shape {a.shape}, now {b.shape}")
+    known = stale_shapes(before)
+    for name, (recorded, found) in stale_shapes(model).items():
+        if name not in known:
+            raise InvalidModel(f"{name!r} is recorded as {recorded} and is {found}: see effc.edit.forget_shapes")
+
+
+def stale_shapes(model: Model) -> dict[str, tuple[tuple, tuple]]:
+    """Tensors of the main graph whose recorded shape contradicts what follows from the inputs: (recorded, follows).
+
+    Runtimes plan memory by what is recorded. A file may come with such contradictions (and run all the same, where
+    nothing relies on them); a pass must not add to them.
+    """
+    return model.cached("stale shapes", lambda: _stale_shapes(model))
+
+
+def _stale_shapes(model: Model) -> dict[str, tuple[tuple, tuple]]:
+    facts = proven(model)
+    found = {}
+    for value in (v for node in model.graph for v in node.outputs if v.name):
+        recorded, follows = shape_tuple(value.shape), facts[value.name].shape if value.name in facts else None
+        if recorded is None or follows is None:
+            continue
+        pairs = zip(recorded, follows, strict=False)
+        if len(recorded) != len(follows) or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
+            found[value.name] = (recorded, follows)
+    return found
 
 
 def difference(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:

@@ -18,15 +18,8 @@ from effc.shapes import Fact, ShapeNumbers
 
 NODE_BYTES = 256  # about what a node takes in a file: a constant up to this size is worth as much
 LARGEST = 1 << 26  # bytes: larger weights stay on disk
-RANDOM = {
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
-    "Multinomial",
-    "Bernoulli",
-    "Dropout",
-}
+RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+RANDOM |= {"Dropout"}  # in training, that is
 KEPT = {
     *RANDOM,
     # quantised weights are encodings that runtimes and other passes read
@@ -86,7 +79,11 @@ def unproven(node: ir.Node, numbers: ShapeNumbers) -> bool:
 
 
 def _nbytes(fact: Fact) -> int | None:
-    if fact.dtype is None or fact.shape is None or not all(isinstance(d, int) for d in fact.shape):
+    if (
+        fact.dtype in (None, ir.DataType.STRING)
+        or fact.shape is None
+        or not all(isinstance(d, int) for d in fact.shape)
+    ):
         return None
     return int(np.prod(fact.shape, dtype=np.int64) * fact.dtype.itemsize)
 

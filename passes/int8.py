@@ -30,6 +30,7 @@ from effc.target import IntegerKernels
 from ._integer_graph import Lowering
 from ._sensitivity import local_damage, output_damage
 
+LEADING = 3  # layers at the start that may stay in float for speed
 OPSET = 13  # the first with scales along an axis
 
 
@@ -111,6 +112,13 @@ class Int8(Pass):
         if any(reader.op_type == "BatchNormalization" for reader in node.outputs[0].consumers()):
             return "a batch norm follows it: run fold-batchnorm first"
         return None
+
+    def variants(self, model: Model, chosen: Sequence[Proposal], context: Context) -> Iterator[Sequence[Proposal]]:
+        """The first layers see few channels and large maps: from where on integers pay, measuring tells."""
+        place = {node.name: index for index, node in enumerate(model.graph)}
+        ordered = sorted(chosen, key=lambda p: place[p.site])
+        if ordered and ordered[0].setting["form"] == "static":
+            yield from (ordered[k:] for k in range(1, min(LEADING, len(ordered) - 1) + 1))
 
     def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
         if model.opset < OPSET:

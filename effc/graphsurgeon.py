@@ -1,0 +1,552 @@
+"""Passes written against onnx-graphsurgeon: there and back without loss, or a refusal that says what would be lost.
+
+graphsurgeon's graph holds less than a model does: no metadata, no doc strings of nodes, no quantisation annotations,
+weights of some types under another type, and a copy of a captured weight in every branch. So the way back does not go
+through its exporter. What the function left alone is taken from the model itself, matched by the Python objects that
+were handed out; only what it changed or made is built from its words. Weights stay where they are, memory-mapped or
+not: the graph holds a stand-in for each, which reads the numbers when asked for `values`.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import typing
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import onnx_ir as ir
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from effc import edit
+from effc.contract import Context, Pass, Proposal, Skipped
+from effc.cost import cost
+from effc.errors import PassFailed
+from effc.history import ledger
+from effc.model import Model
+from effc.save import reference
+
+SITE = "graph"  # the one site of such a pass: the function sees the graph as a whole
+Scope = ChainMap[str, ir.Value]
+
+
+class GraphSurgeonPass(Pass):
+    """Base of the passes that `graphsurgeon_pass` makes."""
+
+    function: ClassVar[Callable[..., Iterable[Skipped] | None]]
+
+    def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
+        """One proposal for the whole graph, found by doing it on a clone; nothing where nothing would change."""
+        after = model.clone()
+        yield from self._run(after)
+        if after.revision == model.revision:
+            return
+        changed = tuple(r.node for r in ledger(model, after, (), {}, self) if r.status == "changed")
+        costs = [cost(m, context.batch, context.dims).total for m in (model, after)]
+        yield Proposal(SITE, changed, {}, *costs, damage=0.0 if self.exact else None)
+
+    def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
+        if chosen:
+            self._run(model)
+
+    def _run(self, model: Model) -> list[Skipped]:
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(typing.cast(Any, self))}
+        with surgery(model) as graph:
+            return list(type(self).function(graph, **options) or ())
+
+
+def graphsurgeon_pass(
+    *, name: str, exact: bool = False, tolerance: float = 0.0
+) -> Callable[[Callable[..., Iterable[Skipped] | None]], type[GraphSurgeonPass]]:
+    """Decorator: a function that edits a `gs.Graph` in place becomes a pass, registered and used as any other.
+
+    >>> @graphsurgeon_pass(name="drop-identity", exact=True)
+    ... def drop_identity(graph: gs.Graph, *, keep: tuple[str, ...] = ()) -> None:
+    ...     '''Identity(x) -> x'''
+
+    The keyword arguments are the pass's options, validated by their annotations; with `Annotated[..., Field(...)]`
+    they carry bounds and a description. The function may return `Skipped`s for what it left alone, with reasons. It
+    runs once to propose and once more to rewrite, so it must do the same each time. Local functions, the opset, and
+    the names of inputs and outputs are not its to change.
+
+    Args:
+        name, exact, tolerance: as the class variables of `Pass`.
+
+    Raises:
+        TypeError: the function takes something else than one graph and keyword arguments with annotations.
+    """
+
+    def make(function: Callable[..., Iterable[Skipped] | None]) -> type[GraphSurgeonPass]:
+        graph, *options = inspect.signature(function).parameters.values()
+        hints = typing.get_type_hints(function, include_extras=True)
+        wrong = [p.name for p in options if p.kind is not p.KEYWORD_ONLY or p.name not in hints]
+        if wrong or graph.kind not in (graph.POSITIONAL_ONLY, graph.POSITIONAL_OR_KEYWORD):
+            raise TypeError(
+                f"{function.__name__} takes {', '.join(wrong) or graph.name}: it may take one graph and, behind a *,"
+                " keyword arguments with annotations"
+            )
+        fields = [
+            (p.name, hints[p.name]) if p.default is p.empty else (p.name, hints[p.name], _field(p.default))
+            for p in options
+        ]
+        body = {"name": name, "exact": exact, "tolerance": tolerance, "function": staticmethod(function)}
+        about = {"__doc__": function.__doc__, "__module__": function.__module__, "__qualname__": function.__qualname__}
+        return dataclasses.make_dataclass(
+            function.__name__, fields, bases=(GraphSurgeonPass,), namespace=body | about, frozen=True, kw_only=True
+        )
+
+    return make
+
+
+def _field(default: Any) -> Any:
+    if default.__hash__ is not None:
+        return dataclasses.field(default=default)
+    return dataclasses.field(default_factory=lambda: copy.copy(default))
+
+
+@contextmanager
+def surgery(model: Model) -> Iterator[gs.Graph]:
+    """Edit a model as a `gs.Graph`: what stands there at the end of the block takes the place of the model's graph.
+
+    Nodes that are out of order are sorted; unused ones stay (the pass manager removes them). When the block raises, or
+    the graph cannot be taken over, the model is as it was; when nothing changed, its revision stays too.
+
+    Raises:
+        PassFailed: the way there or back would lose something; the message says what.
+    """
+    there = _There(model)
+    yield there.graph
+    _Back(there).take_over()
+
+
+class _Weight(LazyValues):
+    """Stands for a weight in the graph; reading `values` copies the numbers, in the type that they have."""
+
+    def __init__(self, source: ir.TensorProtocol, described: LazyValues) -> None:
+        self.source = source
+        self.shape, self.dtype, self.nbytes = described.shape, described.dtype, described.nbytes
+
+    @property
+    def tensor(self) -> onnx.TensorProto:
+        """What graphsurgeon's own exporter asks for, as in `fold_constants`."""
+        held = self.source
+        return ir.to_proto(ir.Tensor(held.numpy(), held.dtype, name=held.name) if _external(held) else held)
+
+    def load(self) -> np.ndarray:
+        if self.source.dtype == ir.DataType.STRING:
+            return onnx.numpy_helper.to_array(self.tensor)
+        return np.array(self.source.numpy())
+
+
+class _There:
+    """A model as a `gs.Graph`, and which of its objects stands for what."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        for node in model.graph.all_nodes():
+            _refuse_foreign(node)
+        self.message = _message(model.ir)
+        # What it warns of is handled here: types that NumPy has not, attributes that it leaves out.
+        with G_LOGGER.suppress():
+            try:
+                self.graph = gs.import_onnx(self.message)
+            except UnicodeDecodeError as error:
+                raise PassFailed("an attribute is a text that is no UTF-8, which graphsurgeon cannot hold") from error
+        # By id: graphsurgeon's objects have no hash and compare by content. The tuples keep them alive.
+        self.nodes: dict[int, tuple[gs.Node, ir.Node]] = {}
+        self.tensors: dict[int, tuple[gs.Tensor, ir.Value, tuple]] = {}
+        self.graphs: dict[int, tuple[gs.Graph, ir.Graph]] = {}
+        self._pair(self.graph, model.graph, ChainMap())
+        self.functions = _functions(self.graph)
+        self.imports = {d.domain: d.version for d in self.graph.import_domains}
+        self.versions = (self.graph.opset, self.graph.ir_version)
+
+    def _pair(self, graph: gs.Graph, source: ir.Graph, outer: Scope) -> None:
+        self.graphs[id(graph)] = (graph, source)
+        values = outer.new_child({v.name: v for v in _values(source) if v.name})
+        for tensor in (*graph.inputs, *graph.outputs):
+            self._note(tensor, values)
+        for theirs, ours in zip(graph.nodes, source, strict=True):
+            self.nodes[id(theirs)] = (theirs, ours)
+            for tensor in (*theirs.inputs, *theirs.outputs):
+                self._note(tensor, values)
+            for key, held in theirs.attrs.items():
+                if isinstance(held, gs.Graph):
+                    self._pair(held, ours.attributes[key].as_graph(), values)
+                elif isinstance(held, gs.Constant):
+                    held._values, held.data_location = _Weight(ours.attributes[key].as_tensor(), held._values), None
+
+    def _note(self, tensor: gs.Tensor, values: Scope) -> None:
+        if id(tensor) in self.tensors or tensor.name not in values:
+            return
+        value = values[tensor.name]
+        if isinstance(tensor, gs.Constant) and value.const_value is not None:
+            tensor._values, tensor.data_location = _Weight(value.const_value, tensor._values), None
+        self.tensors[id(tensor)] = (tensor, value, _described(tensor))
+
+
+class _Back:
+    """The graph as the function left it, as a model again."""
+
+    def __init__(self, there: _There) -> None:
+        self.there, self.model = there, there.model
+        self.made: dict[ir.Node, ir.Node | None] = {}  # new node -> the model's, where the function kept it
+        self.weights: dict[ir.Value, bool] = {}  # new weight -> whether the graph had a constant for it
+
+    def take_over(self) -> None:
+        there, old = self.there, self.model.ir
+        self._check()
+        graph = self._graph(there.graph, ChainMap())
+        new = ir.Model(
+            graph,
+            ir_version=old.ir_version,
+            producer_name=old.producer_name,
+            producer_version=old.producer_version,
+            domain=old.domain,
+            model_version=old.model_version,
+            doc_string=old.doc_string,
+            functions=list(old.functions.values()),
+            metadata_props=dict(old.metadata_props),
+            device_configurations=old.device_configurations,
+        )
+        new.meta.update(old.meta)
+        if _same_message(there.message, _message(new)):
+            return
+        self._note_origins(graph)
+        edit.substitute(self.model, new)
+
+    def _check(self) -> None:
+        there, graph = self.there, self.there.graph
+        if _functions(graph) != there.functions:
+            raise PassFailed(
+                "it changed a local function, and these pass through as they are"
+                " (cleanup and fold_constants take recurse_functions=False)"
+            )
+        now = {d.domain: d.version for d in graph.import_domains or ()}
+        if (graph.opset, graph.ir_version) != there.versions or {k: now.get(k) for k in there.imports} != there.imports:
+            raise PassFailed("it changed the opset or the IR version, which only effc.edit.lift_opset may")
+
+    def _graph(self, graph: gs.Graph, outer: Scope) -> ir.Graph:
+        _, source = self.there.graphs.get(id(graph), (graph, None))
+        known = {} if source is None else {v.name: v for v in _values(source)}
+        scope: Scope = outer.new_child()
+        inputs = [self._declare(t, scope, known, "an input") for t in graph.inputs]
+        outputs = [[self._declare(t, scope, known, f"made by {n.name!r}") for t in n.outputs] for n in graph.nodes]
+        for value in source.initializers.values() if source is not None else ():
+            if value.name not in scope.maps[0]:
+                scope[value.name] = weight = _like(value)
+                weight.const_value, weight.shape, weight.type = value.const_value, value.shape, value.type
+                self.weights[weight] = False
+        nodes = [self._node(n, made, scope) for n, made in zip(graph.nodes, outputs, strict=True)]
+        results = [self._read(t, scope, "the list of outputs") for t in graph.outputs]
+        new = ir.Graph(
+            inputs,
+            results,
+            nodes=nodes,
+            initializers=[v for v in scope.maps[0].values() if v in self.weights],
+            doc_string=_kept(graph.doc_string, source and source.doc_string),
+            opset_imports=self._imports(graph) if source is self.model.graph else None,
+            name=_kept(graph.name, source and source.name),
+            metadata_props=dict(source.metadata_props) if source is not None else None,
+        )
+        if source is not None:
+            new.meta.update(source.meta)
+        if not _in_order(new):
+            new.sort()
+        return new
+
+    def _imports(self, graph: gs.Graph) -> dict[str, int]:
+        imports = dict(self.model.graph.opset_imports)
+        stated = {d.domain: d.version for d in graph.import_domains or ()}
+        for g in (graph, *graph.subgraphs(recursive=True)):
+            for node in g.nodes:
+                if node.domain and node.domain not in imports:
+                    imports[node.domain] = stated.get(node.domain, 1)
+        return imports
+
+    def _declare(self, tensor: gs.Tensor, scope: Scope, known: dict[str, ir.Value], what: str) -> ir.Value:
+        """A tensor that an input or a node brings into being."""
+        if not tensor.name:
+            return ir.Value(name="")
+        if isinstance(tensor, gs.Constant):
+            raise PassFailed(f"{tensor.name!r} is a constant and {what}: clear the node's outputs")
+        if tensor.name in scope:
+            raise PassFailed(f"two tensors are called {tensor.name!r}; one of them is {what}")
+        _, noted, described = self.there.tensors.get(id(tensor), (tensor, None, None))
+        old = noted if noted is not None else known.get(tensor.name)
+        value = scope[tensor.name] = _like(old, tensor.name)
+        if described is not None and described == _described(tensor) and noted is not None:
+            value.shape, value.type = noted.shape, noted.type
+            return value
+        if tensor.type != "tensor_type":
+            raise PassFailed(f"{tensor.name!r} is a {tensor.type}; only tensors can be described anew")
+        if tensor.dtype is not None:
+            value.type = ir.TensorType(_data_type(tensor.dtype))
+        elif old is not None:
+            value.type = old.type
+        if tensor.shape is not None:
+            value.shape = ir.Shape([None if isinstance(d, int) and d < 0 else d for d in tensor.shape])
+        return value
+
+    def _read(self, tensor: gs.Tensor, scope: Scope, reader: str) -> ir.Value | None:
+        """The tensor of that name, as seen from a graph; a new constant becomes a weight of that graph."""
+        if not tensor.name:
+            return None
+        value = scope.get(tensor.name)
+        if not isinstance(tensor, gs.Constant):
+            if value is None:
+                raise PassFailed(f"{reader} reads {tensor.name!r}, which nothing makes")
+            return value
+        if value is None:
+            value = scope[tensor.name] = ir.Value(name=tensor.name)
+            self.weights[value] = False
+        elif value not in self.weights:
+            raise PassFailed(f"{tensor.name!r} is a constant and computed as well")
+        numbers = self._numbers(tensor, value.const_value)
+        if numbers is value.const_value:
+            self.weights[value] = True
+            return value
+        if self.weights[value]:
+            raise PassFailed(f"two constants with different numbers are called {tensor.name!r}")
+        value.const_value, value.type = numbers, ir.TensorType(numbers.dtype)
+        value.shape = ir.Shape(numbers.shape)
+        self.weights[value] = True
+        return value
+
+    def _numbers(self, constant: gs.Constant, before: ir.TensorProtocol | None) -> ir.TensorProtocol:
+        """A constant's tensor; the one before where the numbers are the same, even if they were looked at."""
+        values, target = constant._values, constant._export_dtype
+        if isinstance(values, SparseValues):
+            raise PassFailed(f"{constant.name!r} is sparse; weights have to be dense")
+        if isinstance(values, _Weight) and target is None:
+            tensor = values.source
+        else:
+            array = values.load() if isinstance(values, LazyValues) else values
+            array = array if target is None else array.astype(_data_type(target).numpy())
+            tensor = _tensor(array, constant.name)
+        return before if before is not None and _same_numbers(tensor, before) else tensor
+
+    def _node(self, node: gs.Node, outputs: list[ir.Value], scope: Scope) -> ir.Node:
+        _, old = self.there.nodes.get(id(node), (node, None))
+        if old is not None and (old.op_type, old.domain) != (node.op, node.domain or ""):
+            old = None
+        inputs = [self._read(t, scope, repr(node.name or node.op)) for t in node.inputs]
+        hint = f"{node.op}_{next((t.name for t in node.outputs if t.name), '')}"
+        made = ir.Node(
+            node.domain or "",
+            node.op,
+            inputs,
+            self._attributes(node, old, scope),
+            outputs=outputs,
+            overload=old.overload if old is not None else "",
+            version=old.version if old is not None else None,
+            name=node.name or edit.fresh(self.model, hint),
+            doc_string=old.doc_string if old is not None else None,
+            metadata_props=dict(old.metadata_props) if old is not None else None,
+        )
+        if old is not None:
+            made.meta.update(old.meta)
+        self.made[made] = old
+        return made
+
+    def _attributes(self, node: gs.Node, old: ir.Node | None, scope: Scope) -> list[ir.Attr]:
+        result = {}
+        for key, attribute in old.attributes.items() if old is not None else ():
+            if key in node.attrs:
+                result[key] = self._attribute(node, key, attribute, scope)
+            elif attribute.type not in _HELD:
+                result[key] = attribute  # graphsurgeon never had it, so it was not the function that took it away
+        for key, value in node.attrs.items():
+            if key not in result and value is not None:
+                result[key] = self._attribute(node, key, None, scope)
+        return list(result.values())
+
+    def _attribute(self, node: gs.Node, key: str, old: ir.Attr | None, scope: Scope) -> ir.Attr:
+        value = node.attrs[key]
+        if isinstance(value, gs.Graph):
+            return ir.AttrGraph(key, self._graph(value, scope), doc_string=None if old is None else old.doc_string)
+        if isinstance(value, gs.Constant):
+            before = old.as_tensor() if old is not None and old.type == ir.AttributeType.TENSOR else None
+            tensor = self._numbers(value, before)
+            return old if old is not None and tensor is before else ir.AttrTensor(key, tensor)
+        if old is not None and not old.is_ref() and _plain(old) == (type(value), value):
+            return old
+        kind = old.type if old is not None else self._kind(node, key)
+        try:
+            return _attribute(key, value, kind)
+        except (TypeError, ValueError) as error:
+            raise PassFailed(f"{node.name or node.op!r}: attribute {key}={value!r} has no form in ONNX") from error
+
+    def _kind(self, node: gs.Node, key: str) -> ir.AttributeType | None:
+        """What the operator's definition says of an attribute, None where there is none."""
+        try:
+            version = self.model.graph.opset_imports.get(node.domain or "", 1)
+            attributes = onnx.defs.get_schema(node.op, version, node.domain or "").attributes
+        except onnx.defs.SchemaError:
+            return None
+        return ir.AttributeType(int(attributes[key].type)) if key in attributes else None
+
+    def _note_origins(self, graph: ir.Graph) -> None:
+        """Say of each node what it stands for: a new one for those that made its outputs before, and what fed these."""
+        kept = {old for node in graph if (old := self.made[node]) is not None}
+        makers = {v.name: node for node in self.model.graph for v in node.outputs if v.name}
+        counted: set[ir.Node] = set()
+        for node in reversed(graph):
+            own = self.made[node]
+            origin = list(edit.origin_of(own)) if own is not None else []
+            gone = [m for v in node.outputs if (m := makers.get(v.name)) is not None and m not in kept]
+            while gone:
+                maker = gone.pop()
+                origin += edit.origin_of(maker)
+                counted.add(maker)
+                before = (v.producer() for v in maker.inputs if v is not None)
+                gone += [m for m in before if m is not None and m not in kept and m not in counted]
+            if not origin:  # a step on the way to a new node
+                readers = [r for v in node.outputs for r in v.consumers() if self.made.get(r, node) is None]
+                origin += [name for r in readers for name in r.meta.get(edit.ORIGIN, ())]
+            node.meta[edit.ORIGIN] = tuple(dict.fromkeys(origin))
+
+
+_HELD = tuple(ir.AttributeType[t] for t in ("INT", "INTS", "FLOAT", "FLOATS", "STRING", "STRINGS", "TENSOR", "GRAPH"))
+
+
+def _refuse_foreign(node: ir.Node) -> None:
+    if any(a.type == ir.AttributeType.GRAPHS for a in node.attributes.values()):
+        raise PassFailed(f"{node.name!r} holds a list of sub-graphs, which graphsurgeon cannot hold")
+    if node.device_configurations:
+        raise PassFailed(f"{node.name!r} is bound to devices, which graphsurgeon cannot hold")
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+
+
+def _like(old: ir.Value | None, name: str | None = None) -> ir.Value:
+    """A new value with an old one's name, metadata and annotations."""
+    if old is None:
+        return ir.Value(name=name)
+    value = ir.Value(name=name or old.name, doc_string=old.doc_string, metadata_props=dict(old.metadata_props))
+    value.meta.update(old.meta)
+    return value
+
+
+def _kept(now: str, before: str | None) -> str | None:
+    """Empty and absent are one to graphsurgeon."""
+    return before if now == (before or "") else now
+
+
+def _described(tensor: gs.Tensor) -> tuple:
+    if isinstance(tensor, gs.Constant):
+        return ()
+    return tensor.dtype, None if tensor.shape is None else tuple(tensor.shape), tensor.type
+
+
+def _data_type(dtype: Any) -> ir.DataType:
+    if isinstance(dtype, int):
+        return ir.DataType(dtype)
+    dtype = np.dtype(dtype)
+    return ir.DataType.STRING if dtype.kind in "OSU" else ir.DataType.from_numpy(dtype)
+
+
+def _tensor(array: np.ndarray | np.generic, name: str | None) -> ir.TensorProtocol:
+    array = np.asarray(array, order="C")
+    if _data_type(array.dtype) == ir.DataType.STRING:
+        texts = [t if isinstance(t, bytes) else str(t).encode() for t in array.ravel().tolist()]
+        return ir.StringTensor(texts, shape=ir.Shape(array.shape), name=name)
+    if array.dtype.kind == "f" and array.size and np.isnan(array.max()):
+        raise PassFailed(f"weight {name!r} would hold NaN")
+    return ir.Tensor(array, name=name)
+
+
+def _same_numbers(a: ir.TensorProtocol, b: ir.TensorProtocol) -> bool:
+    if a is b:
+        return True
+    if a.dtype != b.dtype or tuple(a.shape) != tuple(b.shape):
+        return False
+    x, y = (np.ascontiguousarray(t.numpy()).reshape(-1) for t in (a, b))
+    return np.array_equal(x, y) if x.dtype.kind == "O" else np.array_equal(x.view(np.uint8), y.view(np.uint8))
+
+
+def _plain(attribute: ir.Attr) -> tuple[type, Any]:
+    """An attribute as graphsurgeon shows it, with its type: 1 and 1.0 are not one."""
+    value = attribute.value
+    value = list(value) if isinstance(value, tuple | list) else value
+    return type(value), value
+
+
+def _attribute(key: str, value: Any, kind: ir.AttributeType | None) -> ir.Attr:
+    if isinstance(value, np.ndarray):
+        return ir.AttrTensor(key, _tensor(value, None))
+    if isinstance(value, type | np.dtype):
+        return ir.AttrInt64(key, int(_data_type(value)))
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, list | tuple):
+        value = [v.item() if isinstance(v, np.generic) else v for v in value]
+        if not value and kind is None:
+            raise ValueError("an empty list says nothing of its type")
+        numbers = all(isinstance(v, int | float) for v in value)
+        if kind == ir.AttributeType.FLOATS and numbers:
+            value = [float(v) for v in value]
+        return ir.convenience.convert_attribute(key, value, kind if not value else None)
+    if kind == ir.AttributeType.FLOAT and isinstance(value, int):
+        value = float(value)
+    if isinstance(value, bool):
+        value = int(value)
+    return ir.convenience.convert_attribute(key, value)
+
+
+def _external(tensor: ir.TensorProtocol) -> bool:
+    return isinstance(tensor, ir.ExternalTensor)
+
+
+def _functions(graph: gs.Graph) -> dict[tuple, bytes]:
+    return {f.unique_id: OnnxExporter.export_function(f).SerializeToString(deterministic=True) for f in graph.functions}
+
+
+def _message(model: ir.Model) -> onnx.ModelProto:
+    """The model with a reference in the place of every tensor's numbers; equal references mean the same tensor."""
+    copied = model.clone()
+    for graph in copied.graphs():
+        for value in graph.initializers.values():
+            value.const_value = _reference(value.const_value)
+        for node in graph:
+            for key, attribute in list(node.attributes.items()):
+                if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
+                    node.attributes[key] = ir.AttrTensor(key, _reference(attribute.as_tensor()))
+    return ir.to_proto(copied)
+
+
+def _reference(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
+    if tensor is None or tensor.dtype == ir.DataType.STRING:
+        return tensor
+    return reference(tensor.name or "", tensor, "held-by-the-model", id(tensor))
+
+
+def _same_message(a: onnx.ModelProto, b: onnx.ModelProto) -> bool:
+    return a.SerializeToString(deterministic=True) == b.SerializeToString(deterministic=True)
+
+
+def _in_order(graph: ir.Graph) -> bool:
+    """Whether every node, with what its sub-graphs read from outside, comes after what it reads."""
+    seen: set[ir.Node] = set()
+    for node in graph:
+        bodies = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+        for reader in (node, *(n for body in bodies for n in body.all_nodes())):
+            for value in reader.inputs:
+                maker = None if value is None else value.producer()
+                if maker is not None and maker.graph is graph and maker not in seen:
+                    return False
+        seen.add(node)
+    return True

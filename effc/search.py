@@ -1,0 +1,105 @@
+"""Which of a pass's rewrites to give up, found out by trying: for speed on the runtime, for accuracy on data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from effc.choose import by_worth
+from effc.contract import Proposal
+from effc.guard import Guard
+from effc.history import StageRecord
+from effc.model import Model
+from effc.stages import Attempt
+
+LOOKS = 8  # at all evaluation data, at most
+GAIN = 0.98  # a variant must be faster than this share of the plain attempt's time, beyond doubt
+
+
+@dataclass
+class Search:
+    """Tries smaller choices for a stage of one pass; `make` carries the stage out with a given choice."""
+
+    guard: Guard
+    make: Callable[[list[Proposal]], Attempt]
+
+    def quickest(self, attempt: Attempt, variants: Sequence[Sequence[Proposal]]) -> Attempt:
+        """The attempt, or that of the variants which is measured to be faster beyond doubt."""
+        if not variants or not self.guard.times:
+            return attempt
+        tried = {str(number): self.make(list(variant)) for number, variant in enumerate(variants)}
+        measured = self.guard.race({"all": attempt.model, **{name: a.model for name, a in tried.items()}})
+        best = min(tried, key=lambda name: measured[name].ratio)
+        if not (measured[best].faster and measured[best].ratio < GAIN):
+            return attempt
+        chosen = tried[best]
+        text = f"measured faster with this layer in its old form ({measured[best].ratio:.2f}x of the time)"
+        _explain(chosen, attempt, text)
+        return chosen
+
+    def within(
+        self, limit: float, before: Model, full: Attempt, failed: StageRecord, precise: Sequence[Proposal]
+    ) -> tuple[Attempt, StageRecord]:
+        """Give rewrites up, worst trade of damage for gain first, until the limit holds.
+
+        More and more are given up; what holds the limit on the data kept for choosing is then judged on all
+        evaluation data, the one with the most rewrites first. No order is assumed to be perfect: on a few hundred
+        samples a metric moves by chance as much as by a layer.
+
+        Args:
+            limit: points that may be lost.
+            full, failed: all rewrites, and the record of how they failed.
+            precise: the pass's proposals with damage as well estimated as it can.
+        """
+        wanted = {(p.site, _setting(p)) for p in full.chosen[0]}
+        order = by_worth([p for p in precise if (p.site, _setting(p)) in wanted], self.guard.quantity)
+        looks = 0
+        attempt, record = full, failed
+        for given_up in _steps(len(order)):
+            candidate = self.make(order[: len(order) - given_up])
+            drop = self.guard.drop(candidate.model)
+            if drop is None or drop > limit:
+                continue
+            looks += 1
+            _explain(candidate, full, f"given up to hold a drop of {limit:g} points")
+            attempt, record = candidate, StageRecord(candidate.records)
+            self.guard.judge(record, before, attempt.model, True, limit)
+            if record.cause != "accuracy" or looks == LOOKS:
+                break
+        self.guard.chosen_on_part = True
+        kept = len(attempt.chosen[0]) if record is not failed else 0
+        for entry in record.passes:
+            entry.notes.append(
+                f"{len(order) - kept} of {len(order)} rewrites were given up to hold a drop of {limit:g} points: chosen"
+                f" on {self.guard.choosing_samples} samples, judged {looks + 1} times on all evaluation samples"
+            )
+        return attempt, record
+
+
+def _steps(count: int) -> list[int]:
+    """How many rewrites to give up, step by step: 1, 2, 3, 4, 6, 8, 12, 16, 24 ..."""
+    steps, step = [], 1
+    while step < count:
+        steps += [step, step + step // 2] if step > 1 else [step]
+        step *= 2
+    return [s for s in steps if s < count]
+
+
+def _explain(attempt: Attempt, full: Attempt, reason: str) -> None:
+    """Say in the ledger why what the full attempt changed was left alone, and what it left alone for what reason."""
+    reasons: Mapping[str, str] = {e.node: e.reason for e in full.records[0].ledger if e.status == "skipped"}
+    damages = {name: p.damage for p in full.chosen[0] for name in p.nodes}
+    attempt.records[0].ledger = [
+        entry
+        if entry.status != "skipped"
+        else replace(entry, reason=reasons[entry.node])
+        if entry.node in reasons
+        else replace(entry, reason=reason, damage=damages[entry.node])
+        if entry.node in damages
+        else entry
+        for entry in attempt.records[0].ledger
+    ]
+
+
+def _setting(p: Proposal) -> str:
+    return repr(sorted(p.setting.items()))

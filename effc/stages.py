@@ -1,0 +1,68 @@
+"""A recipe as stages: what the guard judges as one, and what carrying one out has made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from effc.contract import Pass, Proposal, Repeat
+from effc.history import KEPT, PassRecord
+from effc.model import Model
+
+
+@dataclass
+class Stage:
+    """Consecutive passes that are kept or undone together."""
+
+    passes: list[Pass]
+
+    @property
+    def lossy(self) -> bool:
+        return any(not step.exact for step in self.passes)
+
+    @property
+    def searchable(self) -> bool:
+        """One lossy pass and nothing that trains: its rewrites can be given up one by one to hold a limit."""
+        return len(self.passes) == 1 and self.lossy
+
+
+@dataclass
+class Attempt:
+    """A stage carried out on a clone."""
+
+    model: Model
+    records: list[PassRecord]
+    node_map: dict[str, tuple[str, ...]]
+    chosen: list[list[Proposal]]
+
+    @property
+    def changed(self) -> bool:
+        return any(record.status == KEPT for record in self.records)
+
+
+def stages(passes: Sequence[Pass]) -> list[Stage]:
+    """Split a recipe into what the guard judges as one."""
+    planned: list[Stage] = []
+    steps = list(passes)
+    while steps:
+        step = steps.pop(0)
+        if isinstance(step, Repeat):
+            planned.append(Stage(list(_unrolled([step]))))
+            continue
+        own = [step]
+        if not step.exact and not step.recovers:
+            until = next((i for i, s in enumerate(steps) if s.recovers), None)
+            if until is not None:
+                own += _unrolled(steps[: until + 1])
+                del steps[: until + 1]
+        planned.append(Stage(own))
+    return planned
+
+
+def _unrolled(passes: Sequence[Pass]) -> Iterator[Pass]:
+    for step in passes:
+        if isinstance(step, Repeat):
+            for _ in range(step.steps):
+                yield from _unrolled(step.passes)
+        else:
+            yield step

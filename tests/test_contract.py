@@ -1,0 +1,146 @@
+"""effc.contract: what a pass is made of, its budget, the statistics it may ask for, and Repeat."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import pytest
+
+from effc import capture, edit, recipe, statistics
+from effc.calls import parse
+from effc.contract import Context, Pass, Proposal, Repeat, no_progress
+from effc.data import open_data
+from effc.errors import BadInput
+from effc.registry import backend
+from effc.statistics import Histogram, Mean
+from effc.target import onnxruntime_cpu
+from tests import networks
+
+
+@dataclass(frozen=True)
+class Budgeted(Pass):
+    name: ClassVar[str] = "budgeted"
+    macs: float | None = None
+    max_drop: float | None = None
+    rank: int = 3
+
+    def propose(self, model, context):
+        yield from ()
+
+    def rewrite(self, model, chosen, context):
+        return None
+
+
+def test_a_budget_is_what_was_given_under_the_shared_names():
+    assert Budgeted().budget() == {}
+    assert Budgeted(macs=0.5, rank=4).budget() == {"macs": 0.5}
+    assert Budgeted(max_drop=0.0).budget() == {"max_drop": 0.0}  # no drop at all is a budget too
+
+
+def test_a_pass_and_a_proposal_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Budgeted().macs = 0.5  # type: ignore[misc]
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Proposal("a").damage = 0.5  # type: ignore[misc]
+    assert Proposal("a") == Proposal("a", (), {}, None, None, None)
+
+
+def test_a_pass_that_does_not_propose_or_rewrite_is_none():
+    class Half(Pass):
+        name = "half"
+
+        def propose(self, model, context):
+            return iter(())
+
+    with pytest.raises(TypeError, match="rewrite"):
+        Half()  # type: ignore[abstract]
+
+
+def test_progress_may_go_nowhere():
+    assert no_progress("calibrating", 3)(1) is None
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "1.5", "two"])
+def test_repeat_takes_whole_rounds(steps):
+    with pytest.raises(BadInput, match=r"repeat: option steps=.*allowed: integer >= 1"):
+        recipe.build(parse(f"repeat{{steps={steps}}}"))
+
+
+def test_repeat_itself_proposes_and_changes_nothing():
+    model = capture.from_proto(networks.plain())
+    revision, context = model.revision, cast(Context, None)
+    step = Repeat(steps=2, passes=(Budgeted(),))
+    assert list(step.propose(model, context)) == []
+    step.rewrite(model, [], context)
+    assert model.revision == revision
+
+
+@pytest.fixture
+def context() -> Context:
+    proto = networks.plain()
+    samples = np.concatenate([networks.feeds(proto, seed=s)["input"] for s in range(3)])
+    data = open_data({"source": lambda: iter([{"input": samples}])})
+    model = capture.from_proto(proto)
+    return Context(model, onnxruntime_cpu(frozenset()), backend("onnxruntime"), calibration=data.for_model(model))
+
+
+@pytest.fixture
+def runs(monkeypatch) -> list[list]:
+    """The requests of each run of the data."""
+    made, collect = [], statistics.collect
+
+    def counted(model, requests, context) -> Any:
+        made.append(list(requests))
+        return collect(model, made[-1], context)
+
+    monkeypatch.setattr(statistics, "collect", counted)
+    return made
+
+
+def test_statistics_are_those_of_the_data(context):
+    inputs = next(iter(context.calibration.batches(6))).feeds["input"]
+    found = context.statistics(context.original, [Mean("input"), Histogram("input")])
+    assert np.allclose(found[Mean("input")], inputs.mean(axis=0), atol=1e-6)
+    bins = found[Histogram("input")]
+    assert (bins.minimum, bins.maximum) == (inputs.min(), inputs.max())
+    assert bins.counts.sum() == inputs.size
+
+
+def test_all_that_is_asked_for_takes_one_run_and_is_asked_for_once(context, runs):
+    model, wanted = context.original, [Mean("input"), Histogram("conv1"), Mean("input")]
+    first = context.statistics(model, wanted)
+    again = context.statistics(model, wanted)
+    assert runs == [[Mean("input"), Histogram("conv1")]]
+    assert again[Mean("input")] is first[Mean("input")]
+    context.statistics(model, [Mean("input"), Mean("conv2")])
+    assert runs[1:] == [[Mean("conv2")]]  # only what is not known yet
+
+
+def test_an_edit_makes_statistics_void_but_not_those_of_the_original(context, runs):
+    clone = context.original.clone()
+    context.statistics(context.original, [Mean("conv1")])
+    context.statistics(clone, [Mean("conv1")])
+    assert len(runs) == 1  # a clone is the same state
+    weight = clone.value("conv1.weight")
+    edit.set_initializer(clone, weight, 2 * clone.constant(weight))
+    doubled = context.statistics(clone, [Mean("conv1")])[Mean("conv1")]
+    assert len(runs) == 2
+    original = context.statistics(context.original, [Mean("conv1")])[Mean("conv1")]
+    assert len(runs) == 2
+    assert np.allclose(doubled, 2 * original, rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_of_states_gone_by_are_dropped(context):
+    clone = context.original.clone()
+    for factor in (2, 3):
+        weight = clone.value("conv1.weight")
+        edit.set_initializer(clone, weight, factor * clone.constant(weight))
+        context.statistics(clone, [Mean("conv1")])
+    assert {key[0] for key in context._statistics} == {clone.revision}
+
+
+def test_statistics_need_calibration_data(context):
+    context.calibration = None
+    with pytest.raises(BadInput, match="calibration data are needed: give --calibrate SPEC"):
+        context.statistics(context.original, [Mean("input")])

@@ -1,0 +1,289 @@
+"""effc.guard: what is kept and what is not, with every measurement told beforehand."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import effc.guard
+from effc import capture, edit
+from effc.contract import Proposal
+from effc.cost import Cost
+from effc.data import open_data
+from effc.errors import BadInput
+from effc.guard import Guard
+from effc.history import KEPT, UNDONE, PassRecord, StageRecord
+from effc.measure import Latency, random_feeds
+from effc.model import Model
+from effc.registry import backend
+from effc.runtime import Deployment
+from tests import networks
+from tests.fake_passes import classifier, samples, scaled
+
+NAN = float("nan")
+
+
+class Runtime:
+    """onnxruntime, but for what it says of a deployment."""
+
+    name = "runtime"
+
+    def __init__(self, difference: float | None = 0.0) -> None:
+        self.difference = difference
+
+    def deployment(self, model: Model, feeds: Any, threads: int = 1) -> Deployment:
+        return Deployment({}, {}, self.difference)
+
+    def session(self, model: Model, **options: Any) -> Any:
+        return backend("onnxruntime").session(model, **options)
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[tuple[float, int]]:
+    """(ratio, seed) of each measurement; ratios to come are put into `measured.left`."""
+
+    class Made(list):
+        left: list[float]
+
+    made = Made()
+    made.left = []
+
+    def fake(before, after, feeds, *, seed, **options):
+        ratio = made.left.pop(0)
+        made.append((ratio, seed))
+        return Latency(2.0, 2 * ratio, ratio, ratio - 0.01, ratio + 0.01, 9, 1, 1)
+
+    monkeypatch.setattr(effc.guard, "compare", fake)
+    return made
+
+
+def guard(model: Model, difference: float | None = 0.0, evaluation: dict | None = None, **options: Any) -> Guard:
+    data = None if evaluation is None else open_data(evaluation).for_model(model)
+    return Guard(model, Runtime(difference), random_feeds(model), evaluation=data, **{"measure": False} | options)
+
+
+def judged(guard: Guard, before: Model, after: Model, lossy: bool = True, limit: float | None = None) -> StageRecord:
+    record = StageRecord([PassRecord("lossy", "lossy", not lossy)])
+    guard.judge(record, before, after, lossy, limit)
+    return record
+
+
+@pytest.fixture
+def model() -> Model:
+    return capture.from_proto(networks.mlp())
+
+
+@pytest.mark.parametrize(
+    ("difference", "lossy", "status"),
+    [
+        (None, True, KEPT),  # nothing was run
+        (0.25, True, KEPT),
+        (0.26, True, UNDONE),
+        (1e-3, False, KEPT),
+        (2e-3, False, UNDONE),
+        (float("inf"), True, UNDONE),
+        (NAN, True, UNDONE),
+    ],
+)
+def test_what_the_runtime_corrupts_is_undone(model, difference, lossy, status):
+    record = judged(guard(model, difference), model, model, lossy)
+    assert record.status == status
+    if status == UNDONE:
+        assert record.cause == "deployment"
+        assert record.reason.startswith("the runtime's optimised session differs from the same graph run plainly by")
+        assert record.reason.endswith(f"more than {0.25 if lossy else 0.001:g}: the runtime corrupts it")
+
+
+def test_a_quantised_model_may_differ_more_even_after_an_exact_pass(model):
+    quantised = model.clone()
+    scale = edit.add_initializer(quantised, "scale", np.float32(0.1))
+    node = quantised.node("node_fc1")
+    q = edit.make_node(quantised, "QuantizeLinear", [node.inputs[0], scale], name="q")
+    dq = edit.make_node(quantised, "DequantizeLinear", [q.outputs[0], scale], name="dq")
+    edit.insert_before(quantised, node, [q, dq])
+    edit.set_input(quantised, node, 0, dq.outputs[0])
+    assert judged(guard(model, 0.1), model, model, lossy=False).status == UNDONE
+    assert judged(guard(model, 0.1), model, quantised, lossy=False).status == KEPT
+
+
+@pytest.mark.parametrize(
+    ("ratios", "status", "shown"),
+    [
+        ([0.5], KEPT, 0.5),
+        ([1.03], KEPT, 1.03),  # its lower bound is 1.02: not beyond doubt
+        ([1.2, 1.02], KEPT, 1.02),  # noise: not slower when looked at again
+        ([1.2, 1.3], UNDONE, 1.3),
+    ],
+)
+def test_slower_is_what_was_seen_slower_twice(model, measured, ratios, status, shown):
+    measured.left = list(ratios)
+    record = judged(guard(model, measure=True, seed=7), model, model, lossy=False)
+    assert (record.status, record.latency.ratio) == (status, shown)
+    assert measured == list(zip(ratios, [7, 8], strict=False))
+    if status == UNDONE:
+        assert record.cause == "goal"
+        assert record.reason == "slower: 2.600 ms against 2.000 ms, 1.30x [1.29, 1.31] at batch 1"
+
+
+def test_a_lossy_stage_must_gain_time_or_size(model, measured):
+    smaller = model.clone()
+    weight = smaller.value("fc1.weight")  # 320 of some 900 floats
+    edit.set_initializer(smaller, weight, smaller.constant(weight).astype(np.float16))
+    measured.left = [0.995, 0.98, 0.995]
+    record = judged(guard(model, measure=True), model, model)  # the upper bound is above 1: no gain beyond doubt
+    assert (record.status, record.cause) == (UNDONE, "goal")
+    assert record.reason == ("it gains neither time nor size: 1.990 ms against 2.000 ms, 0.99x [0.98, 1.00] at batch 1")
+    assert judged(guard(model, measure=True), model, model).status == KEPT
+    assert judged(guard(model, measure=True), model, smaller).status == KEPT
+
+
+def test_force_keeps_what_is_slower_and_says_so(model, measured):
+    measured.left = [1.2, 1.3]
+    record = judged(guard(model, measure=True, force=True), model, model, lossy=False)
+    assert record.status == KEPT
+    assert record.unproven == ["kept by force, though slower: 2.600 ms against 2.000 ms, 1.30x [1.29, 1.31] at batch 1"]
+
+
+def test_without_measuring_the_record_is_unproven(model):
+    record = judged(guard(model), model, model)
+    assert (record.status, record.latency, record.unproven) == (KEPT, None, ["latency was not measured"])
+
+
+def grown(model: Model) -> Model:
+    """fc4 once more beside itself: 12 x 5 weights and as many MACs."""
+    clone = model.clone()
+    node = clone.node("node_fc4")
+    more = edit.make_node(clone, "Gemm", list(node.inputs), {"transB": 1}, name="more")
+    w = edit.add_initializer(clone, "w", np.ones((5, 12), np.float32))
+    edit.set_input(clone, more, 1, w)
+    edit.insert_after(clone, node, [more])
+    return clone
+
+
+FLOATS = (16 * 20 + 16) + 4 * 16 + 12 * 16 + 4 * 12 + (12 * 12 + 12) + 4 * 12 + 4 * 12 + (5 * 12 + 5)  # in mlp
+
+
+@pytest.mark.parametrize(
+    ("goal", "reason"),
+    [("macs", "macs rose from 716 to 776"), ("size", f"size rose from {4 * FLOATS:,} to {4 * FLOATS + 240:,}")],
+)
+def test_a_counted_goal_must_not_rise(model, goal, reason):
+    record = judged(guard(model, goal=goal), model, grown(model))
+    assert (record.status, record.cause, record.reason) == (UNDONE, "goal", reason)
+    assert judged(guard(model, goal=goal), grown(model), model).status == KEPT
+    assert judged(guard(model, goal=goal), model, model.clone()).status == KEPT
+    forced = judged(guard(model, goal=goal, force=True), model, grown(model))
+    assert (forced.status, forced.unproven) == (KEPT, [f"kept by force, though {reason}"])
+
+
+def test_accuracy_is_held_to_the_limit_and_comes_before_latency(measured):
+    model = capture.from_proto(classifier())
+    worse = model.clone()
+    scaled("w3", 0.0)(worse, [])
+    scaled("w4", 0.0)(worse, [])  # 8 + 16 of 100 samples
+    watching = guard(model, evaluation=samples(), measure=True)
+    measured.left = [0.5, 0.5]
+    record = judged(watching, model, worse, limit=23.9)
+    assert (record.status, record.cause) == (UNDONE, "accuracy")
+    assert record.reason == "top1 falls by 24.00 points to 76.00 on 100 samples, more than the 23.9 allowed"
+    assert not measured
+    record = judged(watching, model, worse, limit=24.0 + 1e-9)
+    assert record.status == KEPT
+    assert (record.accuracy.points, record.accuracy.drop) == pytest.approx((76.0, 24.0))
+    assert judged(watching, model, worse, limit=None).accuracy.drop == pytest.approx(24.0)  # reported without a limit
+
+
+def test_accuracy_is_that_of_the_original_and_not_of_the_model_before():
+    model = capture.from_proto(classifier())
+    before, after = model.clone(), model.clone()
+    scaled("w3", 0.0)(before, [])
+    for weight in ("w3", "w4"):
+        scaled(weight, 0.0)(after, [])
+    record = judged(guard(model, evaluation=samples()), before, after, limit=20.0)
+    assert record.accuracy.drop == pytest.approx(24.0) and record.status == UNDONE
+
+
+def test_where_less_is_better_a_rise_is_a_drop():
+    model = capture.from_proto(classifier())
+    worse = model.clone()
+    scaled("w5", 0.0)(worse, [])  # 30 of 100 samples: from certainty to one of six
+    accuracy = guard(model, evaluation={**samples(), "metric": "kl"}).accuracy(worse)
+    assert accuracy.points == accuracy.drop == pytest.approx(0.3 * np.log(6), rel=1e-6)
+
+
+def test_each_model_is_evaluated_once(monkeypatch):
+    model = capture.from_proto(classifier())
+    other, runs = model.clone(), []
+    scaled("w5", 0.0)(other, [])
+    real = effc.guard.evaluate
+    monkeypatch.setattr(effc.guard, "evaluate", lambda *a, **k: runs.append(1) or real(*a, **k))
+    watching = guard(model, evaluation=samples())
+    first = watching.accuracy(other)
+    assert watching.accuracy(other.clone()) == first  # the same revision
+    assert len(runs) == 1
+    assert watching.drop(other) == pytest.approx(30.0)
+    assert watching.drop(other) == pytest.approx(30.0)
+    assert len(runs) == 2
+    assert watching.accuracy(model).drop == 0
+    assert watching.choosing_samples == 50
+
+
+def test_what_is_reported_comes_from_the_samples_that_did_not_serve_for_choosing():
+    """Only odd samples are of class 5, whose layer is emptied."""
+    model = capture.from_proto(classifier())
+    other = model.clone()
+    scaled("w5", 0.0)(other, [])
+    watching = guard(model, evaluation=samples([0, 5] * 20))
+    assert (watching.drop(other), watching.accuracy(other).drop) == (0.0, 50.0)
+    assert watching.reported(other).drop == 50.0
+    watching.chosen_on_part = True
+    assert (watching.reported(other).drop, watching.reported(other).samples) == (100.0, 20)
+
+
+def test_a_model_that_gives_nan_is_undone_not_crashed_on():
+    model = capture.from_proto(classifier())
+    broken = model.clone()
+    edit.set_initializer(broken, broken.value("w5"), np.full((6, 6), np.inf, np.float32))  # infinity times zero
+    for metric in ("top1", "kl"):
+        record = judged(guard(model, evaluation={**samples(), "metric": metric}), model, broken, limit=1.0)
+        assert (record.status, record.cause) == (UNDONE, "accuracy")
+        assert record.reason.startswith(f"{metric} falls by ")
+
+
+def test_no_drop_can_be_held_in_a_metric_that_is_infinite_for_the_original():
+    model = capture.from_proto(classifier())
+    other = model.clone()
+    scaled("w5", 0.5)(other, [])
+    watching = guard(model, evaluation={**samples(), "metric": "sqnr"}, max_drop=1.0)
+    with pytest.raises(BadInput, match="sqnr of the original against itself is infinite, so no drop can be held"):
+        judged(watching, model, other, limit=1.0)
+    watching = guard(model, evaluation={**samples(), "metric": "sqnr"})  # the limit is a pass's own
+    with pytest.raises(BadInput, match="sqnr of the original against itself is infinite, so no drop can be held"):
+        judged(watching, model, other, limit=1.0)
+    # Of 100 squared scores of 1, thirty are halved: -10 lg(30 / 4 / 100) dB.
+    record = judged(guard(model, evaluation={**samples(), "metric": "sqnr"}), model, other)
+    assert record.accuracy.points == pytest.approx(-10 * np.log10(0.075), rel=1e-6)
+    assert record.accuracy.drop is None
+
+
+def test_accuracy_needs_data(model):
+    with pytest.raises(BadInput, match="accuracy needs evaluation data"):
+        guard(model).accuracy(model)
+
+
+def site(name: str, macs: int, size: int) -> Proposal:
+    return Proposal(name, (name,), {}, Cost(100, 0, 100), Cost(100 - macs, 0, 100 - size))
+
+
+def test_rewrites_that_are_foretold_to_make_the_goal_worse_are_dropped(model):
+    fewer, bigger, silent = site("fewer", 10, -10), site("bigger", -10, 10), Proposal("silent")
+    every = [fewer, bigger, silent]
+
+    def left(**options: Any) -> tuple[list[Proposal], list[str]]:
+        record = PassRecord("lossy", "lossy", False)
+        return guard(model, **options).worthwhile(every, record), record.notes
+
+    assert left(goal="macs") == ([fewer, silent], ["1 rewrites were predicted not to pay in macs"])
+    assert left(goal="size") == ([bigger, silent], ["1 rewrites were predicted not to pay in size"])
+    assert left(goal="latency") == (every, [])  # measured, not foretold by MACs
+    assert left(goal="macs", force=True) == (every, [])

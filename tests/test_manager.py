@@ -1,0 +1,459 @@
+"""effc.manager: stages, roll-back, the search under a limit on accuracy, blame, replay, the ledger and the node map."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+import effc.guard
+from effc import capture, edit
+from effc.contract import Context, Pass, Proposal, Repeat, Skipped
+from effc.data import open_data
+from effc.errors import BadInput, PassFailed
+from effc.evaluate import evaluate
+from effc.guard import Guard
+from effc.history import KEPT, UNCHANGED, UNDONE, History
+from effc.manager import Outcome, PassManager
+from effc.measure import Latency, random_feeds
+from effc.model import Model
+from effc.passes.fold_batchnorm import FoldBatchNorm
+from effc.passes.simplify import Simplify
+from effc.registry import backend
+from effc.stages import stages
+from effc.target import onnxruntime_cpu
+from tests import networks
+from tests.fake_passes import COUNTS, Exact, Lossy, Recover, classifier, emptied, samples, scaled
+
+
+def manager(model: Model, evaluation: dict | None = None, replay: Any = None, **options: Any) -> PassManager:
+    """Times nothing unless `measure=True` is given."""
+    runtime = backend("onnxruntime")
+    data = None if evaluation is None else open_data(evaluation).for_model(model)
+    settings: dict[str, Any] = {"measure": False, "batch": model.batch or 1, "dims": {"T": 6}} | options
+    feeds = random_feeds(model, settings["batch"], settings["dims"])
+    guard = Guard(original=model, backend=runtime, feeds=feeds, evaluation=data, **settings)
+    context = Context(model, onnxruntime_cpu(frozenset()), runtime, batch=settings["batch"], dims=settings["dims"])
+    return PassManager(context, guard, replay)
+
+
+def run(model: Model, *passes: Pass, **options: Any) -> Outcome:
+    return manager(model, **options).run(model, passes)
+
+
+def content(model: Model) -> bytes:
+    return model.proto().SerializeToString(deterministic=True)
+
+
+@pytest.fixture
+def model() -> Model:
+    return capture.from_proto(networks.plain())
+
+
+# Stages
+
+E, L, R = Exact(), Lossy(), Recover()
+
+
+@pytest.mark.parametrize(
+    ("passes", "planned"),
+    [
+        ([], []),
+        ([E, L, E], [[E], [L], [E]]),
+        ([L, E, R, E], [[L, E, R], [E]]),
+        ([E, L, R, L, R], [[E], [L, R], [L, R]]),
+        ([L, L, R], [[L, L, R]]),
+        ([R, L], [[R], [L]]),
+        ([Repeat(2, (L, R))], [[L, R, L, R]]),
+        ([Repeat(3, (Repeat(2, (L,)), E)), E], [[L, L, E] * 3, [E]]),
+        ([L, Repeat(2, (E,)), R], [[L, E, E, R]]),
+    ],
+)
+def test_a_recipe_falls_into_stages(passes, planned):
+    assert [[type(step) for step in stage.passes] for stage in stages(passes)] == [
+        [type(step) for step in stage] for stage in planned
+    ]
+
+
+def test_each_pass_knows_what_follows_its_stage(model):
+    log: list = []
+    steps = [Exact(scaled("fc.weight", 1.0), log), Lossy(scaled("fc.weight", 1.1), log), Recover(log=log), Exact()]
+    run(model, *steps)
+    assert [entry[2] for entry in log if entry[0] == "rewrite"] == [
+        ("lossy", "recover", "exact"), ("exact",), ("exact",),
+    ]  # fmt: skip
+
+
+# What is kept and what is undone
+
+
+def test_a_lossy_pass_is_kept_and_the_given_model_is_as_it_was(model):
+    before, revision = content(model), model.revision
+    outcome = run(model, Lossy(scaled("fc.weight", 1.5)))
+    assert [stage.status for stage in outcome.stages] == [KEPT]
+    ratio = outcome.model.constant(outcome.model.value("fc.weight")) / model.constant(model.value("fc.weight"))
+    assert np.allclose(ratio, 1.5)
+    assert (content(model), model.revision) == (before, revision)
+
+
+def test_an_exact_pass_that_drifts_is_undone(model):
+    outcome = run(model, Exact(scaled("fc.weight", 1.01)), Lossy(scaled("fc.bias", 2.0)))
+    first, second = outcome.stages
+    assert first.status == UNCHANGED and first.passes[0].status == UNDONE
+    assert first.passes[0].drift > 1e-3
+    assert first.passes[0].reason.startswith("outputs moved by ")
+    assert first.passes[0].reason.endswith(", more than the 1e-05 it promises")
+    assert first.passes[0].cost_after == first.passes[0].cost_before
+    assert second.status == KEPT  # the recipe goes on
+    weight = outcome.model.constant(outcome.model.value("fc.weight"))
+    assert np.array_equal(weight, model.constant(model.value("fc.weight")))
+
+
+def test_an_exact_pass_within_its_tolerance_is_kept(model):
+    record = run(model, Exact(scaled("fc.weight", 1 + 2e-6))).stages[0].passes[0]
+    assert record.status == KEPT
+    assert 0 < record.drift <= 1e-5
+
+
+def test_a_pass_that_does_nothing_is_unchanged_and_says_so(model):
+    silent = Exact(proposals=())
+    skipping = Exact(proposals=(Skipped("node_conv1", "too small"), Skipped("node_conv2", "too small")))
+    idle = Exact()
+    reasons = [stage.passes[0].reason for stage in run(model, silent, skipping, idle).stages]
+    assert reasons == [
+        "the model has nothing for it",
+        "every site was skipped: too small (2)",
+        "everything was in the wanted form already",
+    ]
+
+
+def breaking(model: Model, chosen) -> None:
+    scaled("fc.weight", 2.0)(model, chosen)
+    model.node("node_conv1").name = "node_conv2"
+
+
+def crashing(model: Model, chosen) -> None:
+    raise ZeroDivisionError("no rank\nis left")
+
+
+def refusing(model: Model, chosen) -> None:
+    raise PassFailed("'fc' has a rank of 0")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (breaking, "lossy: every name is its own: two nodes are called 'node_conv2'; leave this pass out"),
+        (crashing, "lossy: ZeroDivisionError: no rank\nis left; leave this pass out"),
+        (refusing, "lossy: 'fc' has a rank of 0; leave this pass out"),
+    ],
+)
+def test_a_pass_that_breaks_its_contract_is_named_and_the_model_is_as_it_was(model, change, message):
+    before = content(model)
+    with pytest.raises(PassFailed) as found:
+        run(model, Exact(), Lossy(change))
+    assert str(found.value) == message
+    assert content(model) == before
+
+
+def test_what_the_user_must_mend_passes_through(model):
+    def needy(model, chosen):
+        raise BadInput("calibration data are needed")
+
+    with pytest.raises(BadInput, match=r"^calibration data are needed$"):
+        run(model, Lossy(needy))
+
+
+def latency(ratio: float) -> Latency:
+    return Latency(1.0, ratio, ratio, ratio - 0.01, ratio + 0.01, 9, 1, 1)
+
+
+@pytest.fixture
+def ratios(monkeypatch) -> list[float]:
+    """What the next measurements find; the last one for good."""
+    left = [0.5]
+
+    def fake(before, after, feeds, **options):
+        return latency(left.pop(0) if len(left) > 1 else left[0])
+
+    monkeypatch.setattr(effc.guard, "compare", fake)
+    return left
+
+
+def test_what_is_slower_is_undone_and_the_rest_goes_on(model, ratios):
+    ratios[:] = [1.5, 1.5, 0.8]
+    outcome = run(model, Lossy(scaled("fc.weight", 1.5)), Lossy(scaled("fc.bias", 2.0)), measure=True)
+    assert [stage.status for stage in outcome.stages] == [UNDONE, KEPT]
+    undone = outcome.stages[0]
+    assert undone.cause == "goal"
+    assert undone.reason == "slower: 1.500 ms against 1.000 ms, 1.50x [1.49, 1.51] at batch 1"
+    assert undone.passes[0].reason == undone.reason
+    assert undone.passes[0].status == UNDONE
+    after = outcome.model.constant
+    assert np.array_equal(after(outcome.model.value("fc.weight")), model.constant(model.value("fc.weight")))
+    assert np.array_equal(after(outcome.model.value("fc.bias")), 2 * model.constant(model.value("fc.bias")))
+
+
+@pytest.mark.parametrize(
+    ("times", "taken"),
+    [
+        ({"all": 1.0, "0": 0.9, "1": 0.8}, [0, 1, 3]),  # the second, without class 2
+        ({"all": 1.0, "0": 0.99, "1": 1.2}, [0, 1, 2, 3]),  # none is clearly faster
+    ],
+)
+def test_the_variant_that_is_measured_to_be_faster_is_taken(monkeypatch, ratios, times, taken):
+    raced = []
+
+    def race(models, feeds, reference, **options):
+        raced.append(list(models))
+        return {name: latency(times[name] / times[reference]) for name in models}
+
+    monkeypatch.setattr(effc.guard, "compare_many", race)
+    model = capture.from_proto(classifier())
+    plain = emptied()
+    fewer = (["node_class3"], ["node_class2"])
+    step = Lossy(plain.change, proposals=plain.proposals[:4], fewer=fewer)
+    record = run(model, step, measure=True).stages[0].passes[0]
+    assert raced == [["all", "0", "1"]]
+    assert [site for site, _ in record.chosen] == [f"node_class{i}" for i in taken]
+    assert run(model, step).stages[0].passes[0].counts["changed"] == 4  # nothing is timed without measuring
+    assert len(raced) == 1
+
+
+def test_a_stage_is_undone_as_a_whole(model, ratios):
+    ratios[:] = [2.0]
+    steps = [Lossy(scaled("fc.weight", 1.5)), Recover(scaled("fc.bias", 2.0))]
+    outcome = run(model, *steps, measure=True)
+    assert outcome.model is model
+    assert [record.status for record in outcome.stages[0].passes] == [UNDONE, UNDONE]
+    assert outcome.node_map == {node.name: (node.name,) for node in model.graph}
+
+
+def test_what_loses_too_much_is_undone():
+    """Emptying layer 5 costs 30 of 100 samples; one rewrite cannot be given up in part."""
+    model = capture.from_proto(classifier())
+    step = Lossy(scaled("w5", 0.0))
+    stage = run(model, step, evaluation=samples(), max_drop=10.0).stages[0]
+    assert (stage.status, stage.cause) == (UNDONE, "accuracy")
+    assert stage.reason == "top1 falls by 30.00 points to 70.00 on 100 samples, more than the 10 allowed"
+    kept = run(model, step, evaluation=samples(), max_drop=30.0).stages[0]
+    assert kept.status == KEPT
+    assert (kept.accuracy.points, kept.accuracy.drop, kept.accuracy.samples) == (70.0, 30.0, 100)
+
+
+def test_an_exact_pass_is_not_judged_by_accuracy(model):
+    assert run(model, Exact(scaled("fc.weight", 1 + 2e-6)), max_drop=0.0).stages[0].accuracy is None
+
+
+# The search under a limit on accuracy
+
+
+@pytest.fixture
+def evaluations(monkeypatch) -> list[tuple[int, str]]:
+    """Number of samples and digest of each evaluation."""
+    made: list[tuple[int, str]] = []
+
+    def counted(sessions, data, **options):
+        made.append((len(data), data.digest))
+        return evaluate(sessions, data, **options)
+
+    monkeypatch.setattr(effc.guard, "evaluate", counted)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"),
+    [
+        # Classes lose 0, 2, 4, 8, 16 and 30 points of 100 when their layers are emptied, damages being foretold.
+        (2.0, [0, 1]),
+        (7.0, [0, 1, 2]),
+        (20.0, [0, 1, 2, 3]),
+        (30.0, [0, 1, 2, 3, 4]),
+        (60.0, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_the_search_gives_up_the_worst_rewrites_first(limit, kept):
+    model = capture.from_proto(classifier())
+    damages = (0, *COUNTS[1:])
+    stage = run(model, emptied(damages=damages), evaluation=samples(), max_drop=limit).stages[0]
+    assert stage.status == KEPT
+    assert [site for site, _ in stage.passes[0].chosen] == [f"node_class{i}" for i in kept]
+    assert stage.accuracy.drop == pytest.approx(sum(COUNTS[i] for i in kept if i))
+    given_up = {entry.node: entry for entry in stage.passes[0].ledger if entry.reason.startswith("given up")}
+    assert set(given_up) == {f"node_class{i}" for i in range(6) if i not in kept}
+    for i in range(6):
+        if i not in kept:
+            entry = given_up[f"node_class{i}"]
+            assert (entry.reason, entry.damage) == (f"given up to hold a drop of {limit:g} points", damages[i])
+
+
+def test_a_pass_may_bring_a_stricter_limit_of_its_own():
+    model = capture.from_proto(classifier())
+    damages = (0, *COUNTS[1:])
+    for own, general in ((7.0, 50.0), (50.0, 7.0), (7.0, None)):
+        stage = run(model, emptied(own, damages), evaluation=samples(), max_drop=general).stages[0]
+        assert [site for site, _ in stage.passes[0].chosen] == ["node_class0", "node_class1", "node_class2"]
+
+
+def test_a_limit_of_a_pass_needs_evaluation_data():
+    model = capture.from_proto(classifier())
+    with pytest.raises(BadInput, match="max_drop needs evaluation data: give --evaluate SPEC"):
+        run(model, emptied(1.0))
+
+
+def test_the_search_stays_on_its_samples_and_asks_for_precise_damage_once(evaluations):
+    model = capture.from_proto(classifier())
+    step = emptied(damages=(0, *COUNTS[1:]))
+    steps = manager(model, evaluation=samples(), max_drop=7.0)
+    stage = steps.run(model, [step]).stages[0]
+    whole, half = steps.guard.evaluation, steps.guard.evaluation.split()[0]
+    # judged in full, found wanting; then chosen on the even samples, and judged in full again
+    assert evaluations[0] == evaluations[-1] == (100, whole.digest)
+    assert set(evaluations[1:]) == {(100, whole.digest), (50, half.digest)}
+    assert [entry[1] for entry in step.log if entry[0] == "propose"] == [False, True]
+    assert not steps.context.precise
+    note = stage.passes[0].notes[0]
+    assert note.startswith("3 of 6 rewrites were given up to hold a drop of 7 points")
+    judged = sum(samples == 100 for samples, _ in evaluations)
+    assert note.endswith(f"chosen on 50 samples, judged {judged} times on all evaluation samples")
+
+
+def test_after_the_search_the_ledger_still_says_what_the_pass_left_alone():
+    model = capture.from_proto(classifier())
+    step = emptied(damages=(0, *COUNTS[1:]))
+    step = Lossy(step.change, proposals=(*step.proposals, Skipped("node_sum1", "it adds")))
+    record = run(model, step, evaluation=samples(), max_drop=7.0).stages[0].passes[0]
+    reasons = {entry.node: entry.reason for entry in record.ledger}
+    assert reasons["node_sum1"] == "it adds"
+    assert reasons["node_class5"] == "given up to hold a drop of 7 points"
+    assert reasons["node_sum2"] == "nothing for lossy to do"
+
+
+def test_what_fails_on_all_samples_is_followed_by_fewer_rewrites():
+    """Only odd samples are of classes 3 to 5: on the even ones their layers may go."""
+    model = capture.from_proto(classifier())
+    order = [label for pair in range(50) for label in (pair % 3, 3 + pair % 3)]
+    damages = [0.0, 0.1, 0.2, 0.01, 0.02, 0.03]  # told to be cheap: 0, 3, 4, 5, 1, 2 is the order
+    stage = run(model, emptied(damages=damages), evaluation=samples(order), max_drop=20.0).stages[0]
+    # Even samples: 1 and 2 lose 34 and 32 of 100, the others nothing. Of all: 3, 4 and 5 lose 17, 17 and 16.
+    assert stage.status == KEPT
+    assert [site for site, _ in stage.passes[0].chosen] == ["node_class0", "node_class3"]
+    assert stage.accuracy.drop == pytest.approx(17.0)
+    assert "4 of 6 rewrites were given up" in stage.passes[0].notes[0]
+
+
+def test_when_nothing_holds_the_limit_all_is_undone():
+    model = capture.from_proto(classifier())
+    order = [label for pair in range(50) for label in (pair % 3, 3 + pair % 3)]
+    damages = [0.5, 0.1, 0.2, 0.01, 0.02, 0.03]  # 3 first, which costs 17 points, unseen on even samples
+    outcome = run(model, emptied(damages=damages), evaluation=samples(order), max_drop=5.0)
+    assert outcome.model is model
+    stage = outcome.stages[0]
+    assert (stage.status, stage.cause, stage.passes[0].status) == (UNDONE, "accuracy", UNDONE)
+    assert re.fullmatch(
+        r"top1 falls by \d\d.00 points to \d\d.00 on 100 samples, more than the 5 allowed", stage.reason
+    )
+
+
+# The record
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_the_ledger_has_each_node_once_with_a_reason_or_an_heir(name):
+    model = capture.from_proto(networks.NETWORKS[name]())
+    outcome = run(model, Simplify(), FoldBatchNorm())
+    before = model
+    for stage in outcome.stages:
+        record = stage.passes[0]
+        assert [entry.node for entry in record.ledger] == [node.name for node in before.graph]
+        for entry in record.ledger:
+            assert entry.op == before.node(entry.node).op_type
+            assert entry.status in ("changed", "skipped")
+            assert bool(entry.reason) == (entry.status == "skipped")
+        if stage.status == KEPT:
+            before = manager(before).run(before, [type_of(record.name)]).model
+
+
+def type_of(name: str) -> Pass:
+    return {"simplify": Simplify, "fold-batchnorm": FoldBatchNorm}[name]()
+
+
+def test_what_was_skipped_says_the_words_of_the_pass(model):
+    step = Lossy(scaled("fc.weight", 2.0), proposals=(Proposal("fc", ("node_fc",)), Skipped("node_conv1", "too small")))
+    record = run(model, step).stages[0].passes[0]
+    told = {entry.node: entry for entry in record.ledger}
+    assert told["node_conv1"].reason == "too small"
+    assert told["node_conv2"].reason == "nothing for lossy to do"
+    assert told["node_fc"].status == "changed" and told["node_fc"].to == ("node_fc",)
+    assert record.counts == {"changed": 1, "skipped": len(record.ledger) - 1}
+
+
+@pytest.mark.parametrize("name", networks.NETWORKS)
+def test_the_node_map_leads_from_the_original_to_the_result(name):
+    model = capture.from_proto(networks.NETWORKS[name]())
+    outcome = run(model, Simplify(), FoldBatchNorm())
+    assert set(outcome.node_map) == {node.name for node in model.graph}
+    there = {node.name for node in outcome.model.graph}
+    assert {new for to in outcome.node_map.values() for new in to} <= there
+    unmade = there - {new for to in outcome.node_map.values() for new in to}
+    assert not unmade, "a node of the result comes from none of the original"
+
+
+def test_the_node_map_composes_over_passes(model):
+    """conv1 <- bn1 by folding; then fc is split in two."""
+
+    def split(model: Model, chosen) -> None:
+        node = model.node("node_fc")
+        a = edit.make_node(model, "Identity", [node.inputs[0]], name="first", origin=[node])
+        b = edit.make_node(model, "Gemm", [a.outputs[0], *node.inputs[1:]], {"transB": 1}, name="second", origin=[node])
+        edit.replace(model, [node], [a, b], {node.outputs[0]: b.outputs[0]})
+
+    outcome = run(model, FoldBatchNorm(), Exact(split, proposals=(Proposal("fc", ("node_fc",)),)))
+    assert [stage.status for stage in outcome.stages] == [KEPT, KEPT]
+    assert outcome.node_map["node_conv1"] == outcome.node_map["node_bn1"] == ("node_conv1",)
+    assert outcome.node_map["node_fc"] == ("first", "second")
+    assert outcome.node_map["node_pool"] == ("node_pool",)
+
+
+# The same again
+
+
+def through_json(outcome: Outcome, model: Model) -> list:
+    from effc.cost import cost
+    from effc.history import Snapshot
+
+    number = Snapshot(cost(model).total, 1, 1)
+    told = History("m", "", "t", "latency", 1, 1, 0, {}, {}, number, number, stages=outcome.stages)
+    return History.from_json(told.to_json()).stages
+
+
+def test_the_same_input_gives_the_same_bytes():
+    for make in (networks.transformer, networks.residual):
+        model = capture.from_proto(make())
+        results = [content(run(model, Simplify(), FoldBatchNorm()).model) for _ in range(2)]
+        assert results[0] == results[1] != content(model)
+
+
+def test_a_replay_makes_the_same_choices_without_judging(ratios, evaluations):
+    model = capture.from_proto(classifier())
+    ratios[:] = [2.0, 2.0, 0.9]  # the first pass is undone
+    steps = [Lossy(scaled("w0", 2.0)), emptied(damages=(0, *COUNTS[1:]))]
+    first = run(model, *steps, evaluation=samples(), max_drop=7.0, measure=True)
+    assert [stage.status for stage in first.stages] == [UNDONE, KEPT]
+    evaluations.clear()
+    ratios[:] = [9.0]  # would undo everything
+    told = through_json(first, model)
+    again = run(model, *steps, replay=told, evaluation=samples(), max_drop=7.0, measure=True)
+    assert content(again.model) == content(first.model)
+    assert [stage.status for stage in again.stages] == [UNDONE, KEPT]
+    assert again.stages[1].reason == "replayed"
+    assert not evaluations
+    assert again.node_map == first.node_map
+
+
+def test_a_replay_of_another_recipe_is_refused(model):
+    told = run(model, Simplify(), FoldBatchNorm()).stages
+    with pytest.raises(BadInput, match="the report to replay has 2 stages, the recipe 1"):
+        run(model, Simplify(), replay=told)
+    with pytest.raises(BadInput, match=r"ran \['fold-batchnorm'\] where the recipe has \['lossy'\]"):
+        run(model, Simplify(), Lossy(), replay=told)
