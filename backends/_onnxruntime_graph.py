@@ -11,6 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -26,11 +27,14 @@ ACTIVATIONS = {"Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish
 MOVES = {"Transpose", "ReorderInput", "Identity", "Reshape"}  # layout changes that the runtime puts before a kernel
 EXTERNAL = "session.optimized_model_external_initializers_"
 
+Session = TypeVar("Session")
 Verdict = tuple[dict[str, int], dict[str, str], tuple[str, ...]]
 
 
-def read_back(model: Model, load: Callable[[ort.SessionOptions], object], options: ort.SessionOptions) -> Verdict:
-    """Fused kernels by kind, quantised nodes that run in float with the reason, and notes.
+def read_back(
+    model: Model, load: Callable[[ort.SessionOptions], Session], options: ort.SessionOptions
+) -> tuple[Session, Verdict]:
+    """The session as deployed, and what it holds: fused kernels by kind, quantised nodes in float and why, notes.
 
     Args:
         load: makes a session with these options from the same model.
@@ -42,7 +46,7 @@ def read_back(model: Model, load: Callable[[ort.SessionOptions], object], option
         # Weights apart: they need not be read, and a message would end at 2 GiB.
         options.add_session_config_entry(EXTERNAL + "file_name", "weights.bin")
         options.add_session_config_entry(EXTERNAL + "min_size_in_bytes", "1024")
-        load(options)
+        session = load(options)
         graph = onnx.load(path, load_external_data=False).graph
     made = _Made(graph)
     fell_back = {}
@@ -50,7 +54,7 @@ def read_back(model: Model, load: Callable[[ort.SessionOptions], object], option
         found = made.find(node, after)
         if found is not None and made.reads_float(found):
             fell_back[node.name] = f"still {node.op_type} in float: {_reason(model, node, after)}"
-    return dict(sorted(_kinds(graph).items())), fell_back, tuple(_notes(model, made))
+    return session, (dict(sorted(_kinds(graph).items())), fell_back, tuple(_notes(model, made)))
 
 
 class _Made:

@@ -20,6 +20,7 @@ from effc.errors import BadInput, EffcError
 from effc.model import Model
 from effc.runtime import Deployment
 from effc.save import SMALL_BYTES, message, reference
+from effc.verify import plain_outputs
 
 from ._onnxruntime_graph import read_back
 
@@ -53,10 +54,10 @@ class OnnxRuntime:
         options = session_options(threads, optimize)
         if not isinstance(model, Model):
             return OnnxRuntimeSession(os.fspath(model), options, Path(model).name)
-        proto, weights = _split(model, expose)
+        content, weights = _split(model, expose)
         # Read while the session is made; what is kept alive until then is kept by this frame.
         options.add_external_initializers(list(weights), list(weights.values()))
-        return OnnxRuntimeSession(proto.SerializeToString(), options, model.name)
+        return OnnxRuntimeSession(content, options, model.name)
 
     def emit(self, model: Model) -> None:
         """Set the file format version to one that the opset needs and the installed onnxruntime reads.
@@ -79,17 +80,16 @@ class OnnxRuntime:
 
     def deployment(self, model: Model, feeds: Mapping[str, np.ndarray] | None = None, threads: int = 1) -> Deployment:
         """See `effc.runtime.Backend`."""
-        proto, weights = _split(model)
+        content, weights = _split(model)
 
         def make(options: ort.SessionOptions) -> OnnxRuntimeSession:
             options.add_external_initializers(list(weights), list(weights.values()))
-            return OnnxRuntimeSession(proto.SerializeToString(), options, model.name)
+            return OnnxRuntimeSession(content, options, model.name)
 
-        fused, fell_back, notes = read_back(model, make, session_options(threads))
+        session, (fused, fell_back, notes) = read_back(model, make, session_options(threads))
         difference = None
         if feeds is not None:
-            plain = make(session_options(threads, optimize=False)).run(feeds)
-            difference = largest_difference(make(session_options(threads)).run(feeds), plain)
+            difference = largest_difference(session.run(feeds), plain_outputs(model, feeds, self))
         return Deployment(fused, fell_back, difference, notes)
 
 
@@ -130,8 +130,17 @@ def session_options(threads: int = 1, optimize: bool = True) -> ort.SessionOptio
     return options
 
 
-def _split(model: Model, expose: Sequence[str] = ()) -> tuple[onnx.ModelProto, dict[str, ort.OrtValue]]:
-    """The model as a message without its larger weights, and those by name, not copied."""
+def _split(model: Model, expose: Sequence[str] = ()) -> tuple[bytes, dict[str, ort.OrtValue]]:
+    """The model as a serialised message without its larger weights, and those by name, not copied.
+
+    Remembered until the next edit: measuring and evaluating load the same model many times.
+    """
+    if expose:
+        return _split_anew(model, expose)
+    return model.cached("onnxruntime message", lambda: _split_anew(model, ()), for_clones=True)
+
+
+def _split_anew(model: Model, expose: Sequence[str]) -> tuple[bytes, dict[str, ort.OrtValue]]:
     weights: dict[str, ort.OrtValue] = {}
 
     def prepare(copy: ir.Model) -> None:
@@ -151,7 +160,7 @@ def _split(model: Model, expose: Sequence[str] = ()) -> tuple[onnx.ModelProto, d
         weights[name] = value
         return reference(name, tensor, "in-memory", 0)
 
-    return message(model, place, changed=prepare), weights
+    return message(model, place, changed=prepare).SerializeToString(), weights
 
 
 def _ort_value(tensor: ir.TensorProtocol) -> ort.OrtValue | None:

@@ -11,6 +11,7 @@ from effc.capture import load
 from effc.contract import Context, Pass, Proposal, Repeat, Skipped
 from effc.data import DataSpec
 from effc.errors import BadInput, EffcError, InvalidModel, PassFailed, RequirementNotMet
+from effc.graphsurgeon import graphsurgeon_pass
 from effc.history import History
 from effc.model import Model
 from effc.save import save
@@ -32,6 +33,7 @@ __all__ = [
     "Result",
     "Skipped",
     "Target",
+    "graphsurgeon_pass",
     "load",
     "optimize",
     "save",

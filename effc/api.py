@@ -147,7 +147,7 @@ def optimize(
     manager = PassManager(context, guard, None if replay is None else replay.stages)
     outcome = manager.run(original, steps)
     history.stages, history.node_map = outcome.stages, outcome.node_map
-    result = _finish(history, guard, original, outcome.model, context)
+    result = _finish(history, guard, original, outcome.model, context, judge=replay is None)
     history.seconds = time.perf_counter() - started
     _require(history, result, min_speedup, max_size)
     return result
@@ -206,14 +206,16 @@ def _data_notes(calibration: Data | None, evaluation: Data | None) -> list[str]:
     ]
 
 
-def _finish(history: History, guard: Guard, original: Model, reached: Model, context: Context) -> Result:
-    """Judge the whole against the original, lower it for the runtime, and complete the record."""
+def _finish(
+    history: History, guard: Guard, original: Model, reached: Model, context: Context, *, judge: bool
+) -> Result:
+    """Judge the whole against the original (but for a replay), lower it for the runtime, and complete the record."""
     changed = reached.revision != original.revision
     if guard.evaluation is not None:
         history.original.accuracy = guard.accuracy(original)
     if changed and guard.measure:
         history.latency = _only_latency(history, original) or guard.latency(original.file or original, reached)
-        if history.latency.slower and guard.goal == "latency" and not guard.force:
+        if judge and history.latency.slower and guard.goal == "latency" and not guard.force:
             # Each stage may lose up to the noise; together they must not.
             for stage in history.stages:
                 if stage.status == KEPT:

@@ -120,7 +120,8 @@ class Pass(ABC):
     Attributes:
         name: on the command line and in recipes.
         exact: True when the rewritten model computes the same function, up to rounding; then `tolerance` states the
-            largest max|a - b| / max|a| over any output that is still rounding, and the manager holds the pass to it.
+            largest max|a - b| / max|a| over any output that is still rounding, and the manager holds the pass to it
+            (in models of 16-bit weights, to four units in their last place).
         recovers: True for a pass that regains accuracy and so ends the stage of a lossy pass before it.
     """
 

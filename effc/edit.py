@@ -206,6 +206,62 @@ def replace(model: Model, old: Sequence[ir.Node], new: Sequence[ir.Node], output
     model.touch()
 
 
+def make_conditional(
+    model: Model, nodes: Sequence[ir.Node], condition: ir.Value, instead: Mapping[ir.Value, ir.Value], *, name: str
+) -> ir.Node:
+    """Move nodes into the else branch of a new If, so that they run only where the condition is false.
+
+    What they read from outside they capture; a node that holds sub-graphs may be among them, so exits nest from the
+    last to the first.
+
+    Args:
+        nodes: of the main graph.
+        condition: one boolean, computed before all of them.
+        instead: output of these nodes that is read elsewhere -> tensor computed before, of the same type, that takes
+            its place where the condition is true. The If's outputs take over the names.
+        name: hint for the If's name.
+
+    Raises:
+        PassFailed: an output that is read elsewhere has no replacement; nothing was changed.
+    """
+    for node in nodes:
+        _require_in_graph(model, node)
+    inside = set(nodes)
+    body = [node for node in model.graph if node in inside]
+    inner = {n for node in body for n in (node, *_held(node))}
+    for value in (v for node in body for v in node.outputs):
+        if (value.is_graph_output() or any(u.node not in inner for u in value.uses())) and value not in instead:
+            raise PassFailed(f"{value.name!r} is still read, and nothing stands for it where the condition holds")
+    choice = make_node(model, "If", [condition], name=name, outputs=len(instead), origin=body)
+    model.graph.insert_after(body[-1], choice)
+    model.graph.remove(body)
+    passing = [make_node(model, "Identity", [v], name=f"{choice.name}_exit") for v in instead.values()]
+    for before, other, after in zip(instead, passing, choice.outputs, strict=True):
+        for node, index in list(before.uses()):
+            if node not in inner:
+                node.replace_input_with(index, after)
+        for index, output in enumerate(model.graph.outputs):
+            if output is before:
+                model.graph.outputs[index] = after
+        after.type, after.shape, other.outputs[0].type = before.type, before.shape, before.type
+        outer, before.name = before.name, None
+        before.name, after.name = fresh(model, f"{outer}_else"), outer
+    branches = {
+        "then_branch": ir.Graph([], [n.outputs[0] for n in passing], nodes=passing, name=f"{choice.name}_then"),
+        "else_branch": ir.Graph([], list(instead), nodes=body, name=f"{choice.name}_else"),
+    }
+    for key, graph in branches.items():
+        choice.attributes[key] = ir.AttrGraph(key, graph)
+    model.touch()
+    return choice
+
+
+def _held(node: ir.Node) -> list[ir.Node]:
+    """The nodes of a node's sub-graphs, nested ones included."""
+    graphs = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    return [n for graph in graphs for n in graph.all_nodes()]
+
+
 def may_bypass(model: Model, node: ir.Node, source: ir.Value, *, keep_name: bool = False) -> bool:
     """Whether `bypass` can do it; see there."""
     output = node.outputs[0]

@@ -31,7 +31,7 @@ from effc.contract import Context, Pass, Proposal, Skipped
 from effc.cost import cost
 from effc.errors import PassFailed
 from effc.history import ledger
-from effc.model import Model
+from effc.model import Model, collection_paused
 from effc.save import reference
 
 SITE = "graph"  # the one site of such a pass: the function sees the graph as a whole
@@ -122,9 +122,11 @@ def surgery(model: Model) -> Iterator[gs.Graph]:
     Raises:
         PassFailed: the way there or back would lose something; the message says what.
     """
-    there = _There(model)
+    with collection_paused():
+        there = _There(model)
     yield there.graph
-    _Back(there).take_over()
+    with collection_paused():
+        _Back(there).take_over()
 
 
 class _Weight(LazyValues):
@@ -200,6 +202,7 @@ class _Back:
         self.there, self.model = there, there.model
         self.made: dict[ir.Node, ir.Node | None] = {}  # new node -> the model's, where the function kept it
         self.weights: dict[ir.Value, bool] = {}  # new weight -> whether the graph had a constant for it
+        self.resized: list[ir.Value] = []
 
     def take_over(self) -> None:
         there, old = self.there, self.model.ir
@@ -222,6 +225,8 @@ class _Back:
             return
         self._note_origins(graph)
         edit.substitute(self.model, new)
+        for weight in self.resized:
+            edit.forget_shapes(self.model, *(use.node for use in weight.uses()))
 
     def _check(self) -> None:
         there, graph = self.there, self.there.graph
@@ -316,6 +321,8 @@ class _Back:
             return value
         if self.weights[value]:
             raise PassFailed(f"two constants with different numbers are called {tensor.name!r}")
+        if value.const_value is not None and tuple(value.const_value.shape) != tuple(numbers.shape):
+            self.resized.append(value)
         value.const_value, value.type = numbers, ir.TensorType(numbers.dtype)
         value.shape = ir.Shape(numbers.shape)
         self.weights[value] = True

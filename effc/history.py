@@ -17,7 +17,7 @@ from effc.edit import origin_of
 from effc.errors import BadInput
 from effc.evaluate import Score
 from effc.measure import Latency
-from effc.model import Model
+from effc.model import Model, constant_tensor
 
 KEPT, UNDONE, UNCHANGED = "kept", "undone", "unchanged"
 
@@ -201,7 +201,8 @@ def ledger(
 def _signature(node: ir.Node) -> tuple:
     """Operator, attributes and weights. Names of activations do not count: a neighbour's change is not the node's."""
     # A clone shares tensors and attributes with its source, so identity tells whether they were exchanged.
-    weights = tuple(id(v.const_value) if v is not None and v.is_initializer() else None for v in node.inputs)
+    tensors = (constant_tensor(v) for v in node.inputs)
+    weights = tuple(None if t is None else id(t) for t in tensors)
     attributes = tuple(sorted((k, _plain(a)) for k, a in node.attributes.items()))
     return node.domain, node.op_type, attributes, weights, len(node.outputs)
 

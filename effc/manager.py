@@ -21,7 +21,7 @@ from effc.model import Model
 from effc.recipe import describe, format_calls
 from effc.search import Search
 from effc.stages import Attempt, Stage, stages
-from effc.verify import drift, verify
+from effc.verify import drift, rounding, verify
 
 
 @dataclass
@@ -183,9 +183,10 @@ class PassManager:
             return model, record, unchanged, []
         if step.exact:
             record.drift = drift(model, clone, self.guard.feeds, self.context.backend)
-            if record.drift > step.tolerance:
+            allowed = max(step.tolerance, rounding(model))
+            if record.drift > allowed:
                 record.status = UNDONE
-                record.reason = f"outputs moved by {record.drift:.1e}, more than the {step.tolerance:g} it promises"
+                record.reason = f"outputs moved by {record.drift:.1e}, more than the {allowed:g} it promises"
                 return model, record, unchanged, []
         record.cost_after = cost(clone, self.context.batch, self.context.dims).total
         record.seconds = time.perf_counter() - started

@@ -27,20 +27,18 @@ class Placement:
         integer: nodes that compute on codes, the weighted ones included.
         passing: nodes that run on the codes themselves, without a pair in between.
         settled: integer node -> its output behind the activation that its kernel absorbs.
+        made: tensors that come out of integer kernels.
     """
 
     coded: dict[ir.Value, ir.Value]
     integer: frozenset[ir.Node]
     passing: frozenset[ir.Node]
     settled: dict[ir.Node, ir.Value]
+    made: frozenset[ir.Value]
 
     def made_in_codes(self, value: ir.Value) -> bool:
         """Whether a tensor comes out of integer kernels, so that every reader should see its decoded form."""
-        return value in self._outputs
-
-    @property
-    def _outputs(self) -> set[ir.Value]:
-        return set(self.settled.values()) | {n.outputs[0] for n in self.passing}
+        return value in self.made
 
 
 def plan(model: Model, weighted: Collection[str], kernels: IntegerKernels) -> Placement:
@@ -69,7 +67,8 @@ def plan(model: Model, weighted: Collection[str], kernels: IntegerKernels) -> Pl
         for value in node.outputs:
             if value in demanded:
                 coded.setdefault(value, value)
-    return Placement(coded, frozenset(integer), frozenset(passing), settled)
+    made = frozenset(settled.values()) | {node.outputs[0] for node in passing}
+    return Placement(coded, frozenset(integer), frozenset(passing), settled, made)
 
 
 def behind_activation(node: ir.Node) -> ir.Value:
@@ -125,6 +124,8 @@ def passes_codes(node: ir.Node, kernels: IntegerKernels) -> bool:
     """Whether an operator may run on codes: it moves values or takes the largest, and makes none but zero."""
     if node.op_type not in kernels.transparent or len(node.outputs) != 1 or node.outputs[0].is_graph_output():
         return False
+    if node.op_type == "Resize":
+        return node.attributes.get_string("mode", "nearest") == "nearest"
     if node.op_type == "Pad":
         return node.attributes.get_string("mode", "constant") != "constant" or _pads_zero(node)
     return True

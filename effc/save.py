@@ -20,7 +20,7 @@ import onnx
 import onnx_ir as ir
 
 from effc.errors import BadInput, EffcError, InvalidModel
-from effc.model import Model
+from effc.model import Model, collection_paused
 
 if TYPE_CHECKING:
     from effc.runtime import Backend
@@ -73,6 +73,7 @@ def save(
     return path
 
 
+@collection_paused()
 def message(model: Model, place: Place, *, changed: Callable[[ir.Model], None] | None = None) -> onnx.ModelProto:
     """The model as a protobuf message that holds all its numbers, save for the weights that `place` puts elsewhere.
 

@@ -11,7 +11,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from effc.model import SMALL, STANDARD_DOMAINS, Model, constant_tensor, shape_tuple
+from effc.model import SMALL, STANDARD_DOMAINS, Model, collection_paused, constant_tensor, shape_tuple
 
 
 def infer(model: Model, batch: int | None, dims: Mapping[str, int]) -> dict[str, tuple | None]:
@@ -189,6 +189,7 @@ def skeleton(model: Model) -> onnx.ModelProto:
     return proto
 
 
+@collection_paused()
 def _skeleton(model: Model) -> onnx.ModelProto:
     copy = model.clone().ir
     strip(copy)

@@ -21,6 +21,7 @@ class IntegerKernels:
         weighted: operators with weights that have an integer kernel.
         transparent: operators that run on codes as they are, with the scale of their input.
         computing: other operators with an integer kernel of their own.
+        inputs_in: multiple of input channels that fast convolutions take.
     """
 
     signed: bool
@@ -29,13 +30,14 @@ class IntegerKernels:
     weighted: frozenset[str]
     transparent: frozenset[str]
     computing: frozenset[str]
+    inputs_in: int = 4
 
     def slow_convolution(self, outputs: int, inputs: int, groups: int, *, first: bool) -> str | None:
         """Why a convolution's integer kernel is slower than float, or None.
 
         The runtime has one fast kernel, for dense layers with inputs in fours and at least 16 outputs in fours, and
-        for depthwise ones with channels in sixteens; anything else falls back. The first layer of a network with at
-        least 16 outputs still gains, for its few input channels weigh little.
+        for depthwise ones with channels in sixteens; anything else falls back. An image of three channels is padded
+        to four.
 
         Args:
             outputs, inputs: output channels, and input channels of one group.
@@ -44,7 +46,7 @@ class IntegerKernels:
         if groups == 1:
             if outputs < 16 or outputs % 4:
                 return f"the integer kernel for {outputs} outputs is slow (at least 16, a multiple of 4, is fast)"
-            if inputs % 4 and not first:
+            if inputs % self.inputs_in and not first:
                 return f"the integer kernel for {inputs} inputs is slow (a multiple of 4 is fast)"
             return None
         if inputs == 1 and outputs == groups:
@@ -87,9 +89,9 @@ def onnxruntime_cpu(flags: frozenset[str]) -> Target:
             reduce_range=not exact_products,
             weighted=frozenset({"Conv", "Gemm", "MatMul"}),
             transparent=frozenset(
-                {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad"}
+                {"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Pad", "Resize"}
             ),
-            computing=frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool"}),
+            computing=frozenset({"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"}),
         ),
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 
 from effc.errors import InvalidModel
 from effc.model import Model, shape_tuple
@@ -38,14 +39,23 @@ def every_name_is_its_own(model: Model) -> Iterator[str]:
 
 @_rule
 def every_input_is_made_before_it_is_read(model: Model) -> Iterator[str]:
-    made = {v.name for v in model.graph.inputs} | set(model.graph.initializers)
-    for node in model.graph:
+    yield from _unmade(model.graph, ())
+
+
+def _unmade(graph: ir.Graph, outer: tuple[set[str | None], ...]) -> Iterator[str]:
+    """What a graph reads before it is made; a sub-graph may read what its node could, by the same name."""
+    made: set[str | None] = {v.name for v in graph.inputs} | set(graph.initializers)
+    scopes = (*outer, made)
+    for node in graph:
         for value in node.inputs:
-            if value is not None and value.name not in made:
+            if value is not None and not any(value.name in scope for scope in scopes):
                 yield f"{node.op_type} {node.name!r} reads {value.name!r}, which nothing before it makes"
+        for attribute in node.attributes.values():
+            if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+                yield from _unmade(attribute.as_graph(), scopes)
         made.update(v.name for v in node.outputs)
-    for value in model.graph.outputs:
-        if value.name not in made:
+    for value in graph.outputs:
+        if not any(value.name in scope for scope in scopes):
             yield f"output {value.name!r} is made by no node"
 
 
@@ -143,4 +153,22 @@ def equivalent(a: Model, b: Model, feeds: Mapping[str, np.ndarray], tolerance: f
 
 def drift(a: Model, b: Model, feeds: Mapping[str, np.ndarray], backend: Backend) -> float:
     """`difference` of the outputs of two models on the same feeds, both run without the runtime's optimisations."""
-    return difference(backend.session(a, optimize=False).run(feeds), backend.session(b, optimize=False).run(feeds))
+    return difference(plain_outputs(a, feeds, backend), plain_outputs(b, feeds, backend))
+
+
+def rounding(model: Model) -> float:
+    """What rounding alone may move the outputs of a model by: four units in the last place of its coarsest weights.
+
+    0 for float32 and wider, where an exact pass's own tolerance says it.
+    """
+    units = {ir.DataType.FLOAT16: 2.0**-10, ir.DataType.BFLOAT16: 2.0**-7}
+    return max((4 * units[t.dtype] for t in model.tensors() if t.dtype in units), default=0.0)
+
+
+def plain_outputs(model: Model, feeds: Mapping[str, np.ndarray], backend: Backend) -> Mapping[str, np.ndarray]:
+    """What a model gives without the runtime's optimisations; remembered for these very feeds until the next edit."""
+
+    def run() -> tuple[Mapping[str, np.ndarray], dict[str, np.ndarray]]:
+        return feeds, backend.session(model, optimize=False).run(feeds)  # holding the feeds keeps their id theirs
+
+    return model.cached(("plain outputs", backend.name, id(feeds)), run, for_clones=True)[1]

@@ -13,6 +13,8 @@ from effc.model import Model
 from effc.placement import Placement, is_global_mean
 from effc.quantize import Affine, quantize_weight
 
+UNASKED = ("Conv", "ConvTranspose", "Gemm")  # whose float weights onnxruntime quantises unasked
+
 
 class Lowering:
     """One rewrite of a model to integers.
@@ -21,11 +23,15 @@ class Lowering:
         bits: the width that weights keep to.
         balanced: round weights so that a channel's mean output stays, as far as mean inputs are known.
         corrected: take what is left of that shift off the bias.
+        inputs_in: multiple of input channels that the integer kernels like; images are padded to it.
     """
 
-    def __init__(self, model: Model, bits: int = 8, balanced: bool = False, corrected: bool = False) -> None:
+    def __init__(
+        self, model: Model, bits: int = 8, balanced: bool = False, corrected: bool = False, inputs_in: int = 1
+    ) -> None:
         self.model = model
-        self.bits, self.balanced, self.corrected = bits, balanced, corrected
+        self.bits, self.balanced, self.corrected, self.inputs_in = bits, balanced, corrected, inputs_in
+        self._source: dict[ir.Value, ir.Value] = {}  # decoded graph input -> graph input
         self._codes: dict[ir.Value, ir.Value] = {}
         self._decoded: dict[ir.Value, ir.Value] = {}
         self._parameters: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
@@ -45,11 +51,13 @@ class Lowering:
             for node, index in uses:
                 if node in placement.passing:
                     continue
-                if node in placement.integer or placement.made_in_codes(value):
+                if node in placement.integer:
                     edit.set_input(self.model, node, index, self._decoded[value])
+                elif placement.made_in_codes(value):
+                    edit.set_input(self.model, node, index, self._for_float(value, node, index))
             if value.is_graph_output():
                 edit.hand_over_output(self.model, value, self._decoded[value])
-        for node in placement.integer:
+        for node in [n for n in self.model.graph if n in inputs]:
             if node.op_type in ("Conv", "Gemm", "MatMul"):
                 self._weighted(node, ranges[placement.coded[inputs[node]]], means.get(node))
             elif is_global_mean(node):
@@ -99,6 +107,39 @@ class Lowering:
         dequantize.outputs[0].type, dequantize.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
         self._insert_behind(codes, dequantize)
         self._decoded[value] = dequantize.outputs[0]
+        if value.is_graph_input():
+            self._source[dequantize.outputs[0]] = value
+
+    def _for_float(self, value: ir.Value, node: ir.Node, index: int) -> ir.Value:
+        """What a node that stays in float reads of a coded tensor.
+
+        onnxruntime quantises the float weights of a layer that it finds between DequantizeLinear with one scale and
+        QuantizeLinear, and with one scale a tensor, which ruins depthwise layers. The same scale once a channel keeps
+        its hands off, and costs nothing.
+        """
+        weight = node.inputs[1].shape if index == 0 and node.op_type in UNASKED and len(node.inputs) > 1 else None
+        if weight is None or not all(isinstance(d, int) for d in weight):
+            return self._decoded[value]
+        if node.op_type == "Conv":
+            channels = weight[1] * node.attributes.get_int("group", 1)
+        else:
+            channels = weight[1] if node.attributes.get_int("transB", 0) else weight[0]
+        scale, zero = (v.const_value.numpy() for v in self._parameters[value])
+        dequantize = edit.make_node(
+            self.model,
+            "DequantizeLinear",
+            [
+                self._codes[value],
+                edit.add_initializer(self.model, f"{value.name}_scales", np.repeat(scale, channels)),
+                edit.add_initializer(self.model, f"{value.name}_zero_points", np.repeat(zero, channels)),
+            ],
+            {"axis": 1},
+            name=f"{value.name}_dequantize_channels",
+            origin=[node],
+        )
+        dequantize.outputs[0].type, dequantize.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
+        edit.insert_before(self.model, node, [dequantize])
+        return dequantize.outputs[0]
 
     def _insert_behind(self, value: ir.Value, node: ir.Node) -> None:
         maker = value.producer()
@@ -128,6 +169,9 @@ class Lowering:
             shift = ((q.decoded() - weight.astype(np.float64)) * met).sum(axis=others)
             bias = (0.0 if bias is None else bias) - shift
         codes = q.codes
+        if node.op_type == "Conv" and (missing := self._missing_inputs(node, weight.shape)):
+            codes = np.pad(codes, [(0, 0), (0, missing)] + [(0, 0)] * (weight.ndim - 2))
+            self._pad_inputs(node, x, missing)
         if node.op_type == "Gemm":
             if axis == 0:  # integer kernels read the right operand as it stands
                 codes, axis = np.ascontiguousarray(codes.T), 1
@@ -140,6 +184,37 @@ class Lowering:
         given = node.inputs[2] if len(node.inputs) > 2 else None
         hint = given.name if given is not None else f"{node.name}_bias"
         edit.set_input(self.model, node, 2, self._constant(hint, integers, scales, 0, node))
+
+    def _missing_inputs(self, node: ir.Node, shape: tuple[int, ...]) -> int:
+        """Channels that an image lacks for the fast kernel; inner layers are left as they are."""
+        reads_input = self._source.get(node.inputs[0]) is not None and node.inputs[0].shape is not None
+        return -shape[1] % self.inputs_in if reads_input and node.attributes.get_int("group", 1) == 1 else 0
+
+    def _pad_inputs(self, node: ir.Node, x: Affine, missing: int) -> None:
+        """Codes of zero for channels that are not there: what they meet are weights of zero."""
+        image = self._source[node.inputs[0]]
+        rank = len(image.shape)
+        pads = np.zeros(2 * rank, np.int64)
+        pads[rank + 1] = missing
+        widths = edit.add_initializer(self.model, f"{image.name}_pads", pads)
+        pad = edit.make_node(
+            self.model,
+            "Pad",
+            [self._codes[image], widths, self._parameters[image][1]],
+            name=f"{image.name}_widen",
+            origin=[node],
+        )
+        pad.outputs[0].type = ir.TensorType(ir.DataType.from_numpy(x.zero.dtype))
+        dequantize = edit.make_node(
+            self.model,
+            "DequantizeLinear",
+            [pad.outputs[0], *self._parameters[image]],
+            name=f"{image.name}_wide_dequantize",
+            origin=[node],
+        )
+        dequantize.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+        edit.insert_before(self.model, node, [pad, dequantize])
+        edit.set_input(self.model, node, 0, dequantize.outputs[0])
 
     def _constant(self, hint: str, codes: np.ndarray, scales: np.ndarray, axis: int, node: ir.Node) -> ir.Value:
         """DequantizeLinear over constant codes."""

@@ -124,7 +124,13 @@ class Int8(Pass):
         if model.opset < OPSET:
             edit.lift_opset(model, OPSET)
         static = [p.site for p in chosen if p.setting["form"] == "static"]
-        lowering = Lowering(model, _bits(context), self.rounding == "balanced", self.bias_correction)
+        lowering = Lowering(
+            model,
+            _bits(context),
+            balanced=self.rounding == "balanced",
+            corrected=self.bias_correction,
+            inputs_in=context.target.integer.inputs_in,
+        )
         if static:
             placement = plan(model, static, context.target.integer)
             bins, means = self._observed(model, placement, context)

@@ -323,6 +323,27 @@ def test_attributes_take_the_type_that_the_operator_states():
     run(model.proto())
 
 
+def test_weights_of_another_size_void_the_recorded_shapes():
+    proto = onnx.shape_inference.infer_shapes(networks.plain())
+    model, before = capture.from_proto(proto), capture.from_proto(proto)
+
+    def thin(graph: gs.Graph) -> None:
+        for node in graph.nodes:
+            if node.name == "node_fc":
+                continue
+            for constant in [t for t in node.inputs[1:] if isinstance(t, gs.Constant)]:
+                constant.values = constant.values[:6]
+                if constant.name == "conv3.weight" or constant.name == "conv2.weight":
+                    constant.values = constant.values[:, :6]
+            if node.name == "node_flat":
+                fc = node.o()
+                fc.inputs[1].values = fc.inputs[1].values[:, :6]
+
+    there_and_back(model, thin)
+    verify(model, before)
+    run(model.proto())
+
+
 def rename_input(graph: gs.Graph) -> None:
     graph.inputs[0].name = "other"
 

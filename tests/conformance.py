@@ -1,0 +1,125 @@
+"""What holds for every registered pass, tried on the small networks: helpers of the test and of the README's table."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+
+import effc
+from effc import registry, target
+from effc.api import DEFAULT_PASSES
+from effc.contract import Pass
+from effc.history import KEPT, UNCHANGED, UNDONE, PassRecord
+from effc.recipe import build, parse
+from tests.networks import NETWORKS, feeds
+
+DIMS = {"T": 6}  # the size that `feeds` gives dimensions other than the batch
+SAMPLES = 16
+TARGET = target.find("onnxruntime-cpu").name  # whose weights keep to 7 bits: right on every processor
+
+# Every option of a pass with a value that is not its default: what text and YAML have to carry.
+OPTIONS: dict[str, list[str]] = {
+    "simplify": [],
+    "fold-batchnorm": [],
+    "int8": [
+        "int8{calibrator=percentile, percentile=99.5}",
+        "int8{calibrator=entropy, rounding=nearest, bias_correction=false, size=0.5}",
+        "int8{keep_float=[conv1, 'block [0-9]*', \"a, b\"], max_drop=0.25}",
+    ],
+}
+
+# The least that makes a pass do something: recipes that the networks are put through. A name where it needs no option.
+RECIPES: dict[str, str] = {}
+
+# Largest max|a - b| / max|a| of a lossy pass's outputs from the original's, on any of the networks.
+BOUNDS: dict[str, float] = {"int8": 0.1}
+
+
+def pass_names() -> list[str]:
+    """The passes that rewrite something themselves."""
+    return [name for name in registry.pass_names() if name != "repeat"]
+
+
+def recipe(name: str) -> str:
+    return RECIPES.get(name, name)
+
+
+def make(name: str) -> Pass:
+    return build(parse(recipe(name)))[0]
+
+
+def calibration(proto: onnx.ModelProto, count: int = SAMPLES) -> dict:
+    """Made-up samples for a model, as a function that yields them: names of inputs -> normal numbers."""
+
+    def made() -> Iterator[dict[str, np.ndarray]]:
+        for seed in range(count):
+            yield feeds(proto, batch=1, seed=1000 + seed)
+
+    return {"source": made}
+
+
+def put_through(text: str, network: str, **options) -> tuple[onnx.ModelProto, effc.Result]:
+    """A recipe run over a network with made-up calibration data, nothing timed: the original and the result."""
+    proto = NETWORKS[network]()
+    settings = {"calibrate": calibration(proto), "target_name": TARGET, "dims": DIMS, "measure": False} | options
+    return proto, effc.optimize(proto, text, **settings)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What a pass made of a network.
+
+    Attributes:
+        status: kept, unchanged or undone, as the history has it.
+        changed: how many of how many nodes.
+        reasons: why nodes, or the whole, were left alone, most frequent first.
+    """
+
+    status: str
+    changed: int = 0
+    nodes: int = 0
+    reasons: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, record: PassRecord) -> Cell:
+        reasons = Counter(refusals(record))
+        told = [reason for reason, _ in reasons.most_common()]
+        if record.status == UNDONE:
+            told = [record.reason]
+        return cls(record.status, record.counts["changed"], len(record.ledger), told)
+
+    def __str__(self) -> str:
+        if self.status == KEPT:
+            return f"changed {self.changed} of {self.nodes}"
+        if self.status == UNCHANGED and not self.reasons:
+            return "nothing to do"
+        return f"{'undone' if self.status == UNDONE else 'refused'}: {self.reasons[0]}"
+
+
+def refusals(record: PassRecord) -> list[str]:
+    """The reasons of a ledger but for those of nodes that the pass has no business with."""
+    return [e.reason for e in record.ledger if e.status == "skipped" and not e.reason.startswith("nothing for ")]
+
+
+def table(recipes: list[str] | None = None) -> str:
+    """Recipe x network as Markdown: what its last pass did. Reasons stand below, by number.
+
+    By default each pass alone and, last, the recipe that is run when none is given.
+    """
+    recipes = recipes or [*map(recipe, pass_names()), DEFAULT_PASSES]
+    notes: dict[str, int] = {}
+    rows = []
+    for network in NETWORKS:
+        cells = []
+        for text in recipes:
+            record = put_through(text, network)[1].history.passes[-1]
+            kind, colon, reason = str(Cell.of(record)).partition(": ")
+            cells.append(f"{kind} [{notes.setdefault(reason, len(notes) + 1)}]" if colon else kind)
+        about = (NETWORKS[network].__doc__ or "").strip().splitlines()[0].rstrip(".")
+        rows.append(f"| {network}: {about} | {' | '.join(cells)} |")
+    head = [f"| network | {' | '.join(f'`{text}`' for text in recipes)} |", f"|{' --- |' * (len(recipes) + 1)}"]
+    return "\n".join([*head, *rows, "", *(f"{number}. {reason}" for reason, number in notes.items())])
