@@ -54,10 +54,10 @@ class OnnxRuntime:
         options = session_options(threads, optimize)
         if not isinstance(model, Model):
             return OnnxRuntimeSession(os.fspath(model), options, Path(model).name)
-        content, weights = _split(model, expose)
+        proto, weights = _split(model, expose)
         # Read while the session is made; what is kept alive until then is kept by this frame.
         options.add_external_initializers(list(weights), list(weights.values()))
-        return OnnxRuntimeSession(content, options, model.name)
+        return OnnxRuntimeSession(proto.SerializeToString(), options, model.name)
 
     def emit(self, model: Model) -> None:
         """Set the file format version to one that the opset needs and the installed onnxruntime reads.
@@ -80,11 +80,11 @@ class OnnxRuntime:
 
     def deployment(self, model: Model, feeds: Mapping[str, np.ndarray] | None = None, threads: int = 1) -> Deployment:
         """See `effc.runtime.Backend`."""
-        content, weights = _split(model)
+        proto, weights = _split(model)
 
         def make(options: ort.SessionOptions) -> OnnxRuntimeSession:
             options.add_external_initializers(list(weights), list(weights.values()))
-            return OnnxRuntimeSession(content, options, model.name)
+            return OnnxRuntimeSession(proto.SerializeToString(), options, model.name)
 
         session, (fused, fell_back, notes) = read_back(model, make, session_options(threads))
         difference = None
@@ -130,8 +130,8 @@ def session_options(threads: int = 1, optimize: bool = True) -> ort.SessionOptio
     return options
 
 
-def _split(model: Model, expose: Sequence[str] = ()) -> tuple[bytes, dict[str, ort.OrtValue]]:
-    """The model as a serialised message without its larger weights, and those by name, not copied.
+def _split(model: Model, expose: Sequence[str] = ()) -> tuple[onnx.ModelProto, dict[str, ort.OrtValue]]:
+    """The model as a message without its larger weights, and those by name, not copied.
 
     Remembered until the next edit: measuring and evaluating load the same model many times.
     """
@@ -140,7 +140,7 @@ def _split(model: Model, expose: Sequence[str] = ()) -> tuple[bytes, dict[str, o
     return model.cached("onnxruntime message", lambda: _split_anew(model, ()), for_clones=True)
 
 
-def _split_anew(model: Model, expose: Sequence[str]) -> tuple[bytes, dict[str, ort.OrtValue]]:
+def _split_anew(model: Model, expose: Sequence[str]) -> tuple[onnx.ModelProto, dict[str, ort.OrtValue]]:
     weights: dict[str, ort.OrtValue] = {}
 
     def prepare(copy: ir.Model) -> None:
@@ -160,7 +160,7 @@ def _split_anew(model: Model, expose: Sequence[str]) -> tuple[bytes, dict[str, o
         weights[name] = value
         return reference(name, tensor, "in-memory", 0)
 
-    return message(model, place, changed=prepare).SerializeToString(), weights
+    return message(model, place, changed=prepare), weights
 
 
 def _ort_value(tensor: ir.TensorProtocol) -> ort.OrtValue | None:

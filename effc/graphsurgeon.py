@@ -35,7 +35,8 @@ from effc.model import Model, collection_paused
 from effc.save import reference
 
 SITE = "graph"  # the one site of such a pass: the function sees the graph as a whole
-Scope = ChainMap[str, ir.Value]
+Scope = ChainMap[str | None, ir.Value]
+Tensor = Any  # graphsurgeon's base class of tensors declares none of their attributes
 
 
 class GraphSurgeonPass(Pass):
@@ -148,6 +149,10 @@ class _Weight(LazyValues):
         return np.array(self.source.numpy())
 
 
+def _stand_in(constant: Tensor, source: ir.TensorProtocol) -> None:
+    constant._values, constant.data_location = _Weight(source, constant._values), None
+
+
 class _There:
     """A model as a `gs.Graph`, and which of its objects stands for what."""
 
@@ -164,11 +169,11 @@ class _There:
                 raise PassFailed("an attribute is a text that is no UTF-8, which graphsurgeon cannot hold") from error
         # By id: graphsurgeon's objects have no hash and compare by content. The tuples keep them alive.
         self.nodes: dict[int, tuple[gs.Node, ir.Node]] = {}
-        self.tensors: dict[int, tuple[gs.Tensor, ir.Value, tuple]] = {}
+        self.tensors: dict[int, tuple[Tensor, ir.Value, tuple]] = {}
         self.graphs: dict[int, tuple[gs.Graph, ir.Graph]] = {}
         self._pair(self.graph, model.graph, ChainMap())
         self.functions = _functions(self.graph)
-        self.imports = {d.domain: d.version for d in self.graph.import_domains}
+        self.imports = {d.domain: d.version for d in self.graph.import_domains or ()}
         self.versions = (self.graph.opset, self.graph.ir_version)
 
     def _pair(self, graph: gs.Graph, source: ir.Graph, outer: Scope) -> None:
@@ -184,14 +189,14 @@ class _There:
                 if isinstance(held, gs.Graph):
                     self._pair(held, ours.attributes[key].as_graph(), values)
                 elif isinstance(held, gs.Constant):
-                    held._values, held.data_location = _Weight(ours.attributes[key].as_tensor(), held._values), None
+                    _stand_in(held, ours.attributes[key].as_tensor())
 
-    def _note(self, tensor: gs.Tensor, values: Scope) -> None:
+    def _note(self, tensor: Tensor, values: Scope) -> None:
         if id(tensor) in self.tensors or tensor.name not in values:
             return
         value = values[tensor.name]
         if isinstance(tensor, gs.Constant) and value.const_value is not None:
-            tensor._values, tensor.data_location = _Weight(value.const_value, tensor._values), None
+            _stand_in(tensor, value.const_value)
         self.tensors[id(tensor)] = (tensor, value, _described(tensor))
 
 
@@ -251,15 +256,15 @@ class _Back:
                 weight.const_value, weight.shape, weight.type = value.const_value, value.shape, value.type
                 self.weights[weight] = False
         nodes = [self._node(n, made, scope) for n, made in zip(graph.nodes, outputs, strict=True)]
-        results = [self._read(t, scope, "the list of outputs") for t in graph.outputs]
+        results = [v for t in graph.outputs if (v := self._read(t, scope, "the list of outputs")) is not None]
         new = ir.Graph(
             inputs,
             results,
             nodes=nodes,
             initializers=[v for v in scope.maps[0].values() if v in self.weights],
-            doc_string=_kept(graph.doc_string, source and source.doc_string),
+            doc_string=_kept(graph.doc_string, None if source is None else source.doc_string),
             opset_imports=self._imports(graph) if source is self.model.graph else None,
-            name=_kept(graph.name, source and source.name),
+            name=_kept(graph.name, None if source is None else source.name),
             metadata_props=dict(source.metadata_props) if source is not None else None,
         )
         if source is not None:
@@ -277,7 +282,7 @@ class _Back:
                     imports[node.domain] = stated.get(node.domain, 1)
         return imports
 
-    def _declare(self, tensor: gs.Tensor, scope: Scope, known: dict[str, ir.Value], what: str) -> ir.Value:
+    def _declare(self, tensor: Tensor, scope: Scope, known: dict[str | None, ir.Value], what: str) -> ir.Value:
         """A tensor that an input or a node brings into being."""
         if not tensor.name:
             return ir.Value(name="")
@@ -301,7 +306,7 @@ class _Back:
             value.shape = ir.Shape([None if isinstance(d, int) and d < 0 else d for d in tensor.shape])
         return value
 
-    def _read(self, tensor: gs.Tensor, scope: Scope, reader: str) -> ir.Value | None:
+    def _read(self, tensor: Tensor, scope: Scope, reader: str) -> ir.Value | None:
         """The tensor of that name, as seen from a graph; a new constant becomes a weight of that graph."""
         if not tensor.name:
             return None
@@ -324,11 +329,11 @@ class _Back:
         if value.const_value is not None and tuple(value.const_value.shape) != tuple(numbers.shape):
             self.resized.append(value)
         value.const_value, value.type = numbers, ir.TensorType(numbers.dtype)
-        value.shape = ir.Shape(numbers.shape)
+        value.shape = ir.Shape(numbers.shape.numpy())
         self.weights[value] = True
         return value
 
-    def _numbers(self, constant: gs.Constant, before: ir.TensorProtocol | None) -> ir.TensorProtocol:
+    def _numbers(self, constant: Tensor, before: ir.TensorProtocol | None) -> ir.TensorProtocol:
         """A constant's tensor; the one before where the numbers are the same, even if they were looked at."""
         values, target = constant._values, constant._export_dtype
         if isinstance(values, SparseValues):
@@ -399,7 +404,7 @@ class _Back:
             attributes = onnx.defs.get_schema(node.op, version, node.domain or "").attributes
         except onnx.defs.SchemaError:
             return None
-        return ir.AttributeType(int(attributes[key].type)) if key in attributes else None
+        return ir.AttributeType(attributes[key].type.value) if key in attributes else None
 
     def _note_origins(self, graph: ir.Graph) -> None:
         """Say of each node what it stands for: a new one for those that made its outputs before, and what fed these."""
@@ -409,7 +414,7 @@ class _Back:
         for node in reversed(graph):
             own = self.made[node]
             origin = list(edit.origin_of(own)) if own is not None else []
-            gone = [m for v in node.outputs if (m := makers.get(v.name)) is not None and m not in kept]
+            gone = [m for v in node.outputs if (m := makers.get(v.name or "")) is not None and m not in kept]
             while gone:
                 maker = gone.pop()
                 origin += edit.origin_of(maker)
@@ -453,7 +458,7 @@ def _kept(now: str, before: str | None) -> str | None:
     return before if now == (before or "") else now
 
 
-def _described(tensor: gs.Tensor) -> tuple:
+def _described(tensor: Tensor) -> tuple:
     if isinstance(tensor, gs.Constant):
         return ()
     return tensor.dtype, None if tensor.shape is None else tuple(tensor.shape), tensor.type
@@ -527,7 +532,7 @@ def _message(model: ir.Model) -> onnx.ModelProto:
     copied = model.clone()
     for graph in copied.graphs():
         for value in graph.initializers.values():
-            value.const_value = _reference(value.const_value)
+            value.const_value = None if value.const_value is None else _reference(value.const_value)
         for node in graph:
             for key, attribute in list(node.attributes.items()):
                 if attribute.type == ir.AttributeType.TENSOR and not attribute.is_ref():
@@ -535,8 +540,8 @@ def _message(model: ir.Model) -> onnx.ModelProto:
     return ir.to_proto(copied)
 
 
-def _reference(tensor: ir.TensorProtocol | None) -> ir.TensorProtocol | None:
-    if tensor is None or tensor.dtype == ir.DataType.STRING:
+def _reference(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+    if tensor.dtype == ir.DataType.STRING:
         return tensor
     return reference(tensor.name or "", tensor, "held-by-the-model", id(tensor))
 

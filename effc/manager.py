@@ -14,7 +14,7 @@ from effc import edit
 from effc.choose import choose
 from effc.contract import Context, Pass, Proposal, Skipped
 from effc.cost import cost
-from effc.errors import BadInput, EffcError, InvalidModel, PassFailed
+from effc.errors import BadInput, EffcError, PassFailed
 from effc.guard import Guard
 from effc.history import KEPT, UNCHANGED, UNDONE, PassRecord, StageRecord, compose, ledger
 from effc.model import Model
@@ -82,7 +82,8 @@ class PassManager:
         if stage.searchable:
             attempt = search.quickest(attempt, list(stage.passes[0].variants(before, attempt.chosen[0], self.context)))
             record = StageRecord(attempt.records)
-        self.guard.judge(record, before, attempt.model, stage.lossy, limit)
+        with _Blaming(", ".join(dict.fromkeys(step.name for step in stage.passes))):
+            self.guard.judge(record, before, attempt.model, stage.lossy, limit)
         if record.cause == "accuracy" and stage.searchable and limit is not None:
             again = self._precise(stage.passes[0], before)
             attempt, record = search.within(limit, before, attempt, record, again)
@@ -162,7 +163,7 @@ class PassManager:
         record.cost_before = record.cost_after = before_cost
         unchanged = {node.name: (node.name,) for node in model.graph}
         skipped: dict[str, str] = {}
-        with _Blaming(step):
+        with _Blaming(step.name):
             if chosen is None:
                 proposals, skipped = self._proposals(step, model)
                 chosen = self.guard.worthwhile(choose(proposals, step.budget(), before_cost), record)
@@ -182,7 +183,8 @@ class PassManager:
             record.status, record.reason = UNCHANGED, _why_unchanged(record, chosen)
             return model, record, unchanged, []
         if step.exact:
-            record.drift = drift(model, clone, self.guard.feeds, self.context.backend)
+            with _Blaming(step.name):
+                record.drift = drift(model, clone, self.guard.feeds, self.context.backend)
             allowed = max(step.tolerance, rounding(model))
             if record.drift > allowed:
                 record.status = UNDONE
@@ -196,17 +198,17 @@ class PassManager:
 class _Blaming:
     """Errors of a pass name the pass; what the user must mend passes through as it is."""
 
-    def __init__(self, step: Pass) -> None:
-        self.step = step
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind, error, traceback) -> None:
-        if isinstance(error, (PassFailed, InvalidModel)):
-            raise PassFailed(f"{self.step.name}: {error}; leave this pass out") from error
-        if isinstance(error, Exception) and not isinstance(error, EffcError):
-            raise PassFailed(f"{self.step.name}: {type(error).__name__}: {error}; leave this pass out") from error
+        if isinstance(error, BadInput) or not isinstance(error, Exception):
+            return
+        said = str(error) if isinstance(error, EffcError) else f"{type(error).__name__}: {error}"
+        raise PassFailed(f"{self.name}: {said}; leave this pass out") from error
 
 
 def _node_map(before: Model, after: Model) -> dict[str, tuple[str, ...]]:

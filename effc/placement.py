@@ -6,13 +6,13 @@ them and all their inputs are coded. An activation that an integer kernel absorb
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from effc.model import STANDARD_DOMAINS, Model
+from effc.model import STANDARD_DOMAINS, Model, constant_tensor
 from effc.target import IntegerKernels
 
 ABSORBED = ("Relu", "Clip")
@@ -47,18 +47,17 @@ def plan(model: Model, weighted: Collection[str], kernels: IntegerKernels) -> Pl
     demanded = {node.inputs[0] for node in chosen}
     coded: dict[ir.Value, ir.Value] = {v: v for v in model.graph.inputs if v in demanded}
     integer, passing, settled = set(chosen), set(), {}
+    shapes = model.shapes()
     for node in model.graph:
-        if node.domain not in STANDARD_DOMAINS or not node.outputs:
-            continue
         if node in chosen:
             settled[node] = behind_activation(node)
-            if _needs_codes(node, settled[node], chosen, kernels):
+            if _needs_codes(node, settled[node], chosen, kernels, shapes):
                 coded[settled[node]] = settled[node]
         elif node.inputs and node.inputs[0] in coded and passes_codes(node, kernels):
             passing.add(node)
             integer.add(node)
             coded[node.outputs[0]] = coded[node.inputs[0]]
-        elif computes(node, kernels) and all(v in coded for v in node.inputs):
+        elif computes(node, kernels, shapes) and all(v in coded for v in _operands(node)):
             out = behind_activation(node)
             if not out.is_graph_output():
                 integer.add(node)
@@ -75,9 +74,10 @@ def behind_activation(node: ir.Node) -> ir.Value:
     """A node's output, or that of the activation after it when a kernel can absorb this one."""
     out = node.outputs[0]
     uses = list(out.uses())
-    if len(uses) == 1 and not out.is_graph_output() and is_absorbed(uses[0].node):
-        return uses[0].node.outputs[0]
-    return out
+    if len(uses) != 1 or out.is_graph_output():
+        return out
+    reader, index = uses[0]
+    return reader.outputs[0] if index == 0 and reader.graph is node.graph and is_absorbed(reader) else out
 
 
 def is_absorbed(node: ir.Node) -> bool:
@@ -100,16 +100,24 @@ def clip_bounds(node: ir.Node) -> tuple[float | None, float | None]:
     return bounds[0], bounds[1]
 
 
-def computes(node: ir.Node, kernels: IntegerKernels) -> bool:
+def computes(node: ir.Node, kernels: IntegerKernels, shapes: Mapping[str, tuple | None]) -> bool:
     """Whether a target computes this operator on codes; a mean over all positions counts as GlobalAveragePool."""
-    return node.op_type in kernels.computing or ("GlobalAveragePool" in kernels.computing and is_global_mean(node))
+    if node.domain not in STANDARD_DOMAINS:
+        return False
+    means = "GlobalAveragePool" in kernels.computing and is_global_mean(node, shapes)
+    return node.op_type in kernels.computing or means
 
 
-def is_global_mean(node: ir.Node) -> bool:
+def _operands(node: ir.Node) -> Sequence[ir.Value | None]:
+    """The inputs of a computing operator that have to be coded."""
+    return node.inputs[:1] if node.op_type == "ReduceMean" else node.inputs
+
+
+def is_global_mean(node: ir.Node, shapes: Mapping[str, tuple | None]) -> bool:
     """ReduceMean over both spatial axes of a rank-4 tensor."""
     if node.op_type != "ReduceMean" or node.domain not in STANDARD_DOMAINS:
         return False
-    shape = node.inputs[0].shape
+    shape = shapes.get(node.inputs[0].name)
     if shape is None or len(shape) != 4:
         return False
     if "axes" in node.attributes:
@@ -122,7 +130,9 @@ def is_global_mean(node: ir.Node) -> bool:
 
 def passes_codes(node: ir.Node, kernels: IntegerKernels) -> bool:
     """Whether an operator may run on codes: it moves values or takes the largest, and makes none but zero."""
-    if node.op_type not in kernels.transparent or len(node.outputs) != 1 or node.outputs[0].is_graph_output():
+    if node.op_type not in kernels.transparent or node.domain not in STANDARD_DOMAINS:
+        return False
+    if len(node.outputs) != 1 or node.outputs[0].is_graph_output():
         return False
     if node.op_type == "Resize":
         return node.attributes.get_string("mode", "nearest") == "nearest"
@@ -138,10 +148,16 @@ def _pads_zero(node: ir.Node) -> bool:
     return tensor is not None and not np.any(tensor.numpy())
 
 
-def _needs_codes(node: ir.Node, out: ir.Value, chosen: Collection[ir.Node], kernels: IntegerKernels) -> bool:
+def _needs_codes(
+    node: ir.Node,
+    out: ir.Value,
+    chosen: Collection[ir.Node],
+    kernels: IntegerKernels,
+    shapes: Mapping[str, tuple | None],
+) -> bool:
     """A convolution's kernel wants codes on its output; a matrix product can hand out floats where these are read."""
     if node.op_type == "Conv":
         return kernels.output_pairs
     if out.is_graph_output():
         return False
-    return any(n in chosen or computes(n, kernels) or passes_codes(n, kernels) for n in out.consumers())
+    return any(n in chosen or computes(n, kernels, shapes) or passes_codes(n, kernels) for n in out.consumers())

@@ -105,10 +105,10 @@ class _HistogramAccumulator:
             return
         samples = values.shape[0] if values.ndim else 1
         flat = values.reshape(-1)
-        self.minimum = min(self.minimum, float(flat.min()))
-        self.maximum = max(self.maximum, float(flat.max()))
-        if not (math.isfinite(self.minimum) and math.isfinite(self.maximum)):
+        low, high = float(flat.min()), float(flat.max())
+        if not (math.isfinite(low) and math.isfinite(high)):
             raise BadInput("the calibration data drive the model to NaN or infinity; check their preprocessing")
+        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         extent = max(abs(self.minimum), abs(self.maximum))
         if not self.width:
             if extent == 0:

@@ -100,7 +100,7 @@ def verify(model: Model, before: Model | None = None) -> None:
             raise InvalidModel(f"{name!r} is recorded as {recorded} and is {found}: see effc.edit.forget_shapes")
 
 
-def stale_shapes(model: Model) -> dict[str, tuple[tuple, tuple]]:
+def stale_shapes(model: Model) -> Mapping[str, tuple[tuple, tuple]]:
     """Tensors of the main graph whose recorded shape contradicts what follows from the inputs: (recorded, follows).
 
     Runtimes plan memory by what is recorded. A file may come with such contradictions (and run all the same, where

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from effc import edit
 from effc.layers import bias_array, mean_inputs, output_axis
 from effc.model import Model
-from effc.placement import Placement, is_global_mean
+from effc.placement import Placement
 from effc.quantize import Affine, quantize_weight
 
 UNASKED = ("Conv", "ConvTranspose", "Gemm")  # whose float weights onnxruntime quantises unasked
@@ -60,7 +60,7 @@ class Lowering:
         for node in [n for n in self.model.graph if n in inputs]:
             if node.op_type in ("Conv", "Gemm", "MatMul"):
                 self._weighted(node, ranges[placement.coded[inputs[node]]], means.get(node))
-            elif is_global_mean(node):
+            elif node.op_type == "ReduceMean":
                 self._global_pool(node)
 
     @staticmethod
@@ -118,12 +118,14 @@ class Lowering:
         its hands off, and costs nothing.
         """
         weight = node.inputs[1].shape if index == 0 and node.op_type in UNASKED and len(node.inputs) > 1 else None
-        if weight is None or not all(isinstance(d, int) for d in weight):
+        if weight is None or not all(isinstance(d, int) for d in weight) or node.graph is not self.model.graph:
             return self._decoded[value]
+        axis = 1
         if node.op_type == "Conv":
             channels = weight[1] * node.attributes.get_int("group", 1)
         else:
             channels = weight[1] if node.attributes.get_int("transB", 0) else weight[0]
+            axis = 0 if node.attributes.get_int("transA", 0) else 1
         scale, zero = (v.const_value.numpy() for v in self._parameters[value])
         dequantize = edit.make_node(
             self.model,
@@ -133,9 +135,9 @@ class Lowering:
                 edit.add_initializer(self.model, f"{value.name}_scales", np.repeat(scale, channels)),
                 edit.add_initializer(self.model, f"{value.name}_zero_points", np.repeat(zero, channels)),
             ],
-            {"axis": 1},
+            {"axis": axis},
             name=f"{value.name}_dequantize_channels",
-            origin=[node],
+            origin=[value.producer()],
         )
         dequantize.outputs[0].type, dequantize.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), value.shape
         edit.insert_before(self.model, node, [dequantize])
@@ -237,8 +239,12 @@ class Lowering:
 
     def _global_pool(self, node: ir.Node) -> None:
         """A mean over all positions has an integer kernel under the name GlobalAveragePool only."""
-        pool = edit.make_node(self.model, "GlobalAveragePool", [node.inputs[0]], name=node.name, origin=[node])
-        edit.replace(self.model, [node], [pool], {node.outputs[0]: pool.outputs[0]})
+        nodes = [edit.make_node(self.model, "GlobalAveragePool", [node.inputs[0]], name=node.name, origin=[node])]
+        if not node.attributes.get_int("keepdims", 1):
+            axes = edit.add_initializer(self.model, f"{node.name}_axes", np.array([2, 3]))
+            means = [nodes[0].outputs[0], axes]
+            nodes.append(edit.make_node(self.model, "Squeeze", means, name=f"{node.name}_squeeze", origin=[node]))
+        edit.replace(self.model, [node], nodes, {node.outputs[0]: nodes[-1].outputs[0]})
 
     def dynamic(self, node: ir.Node) -> None:
         """MatMul or Gemm -> DynamicQuantizeLinear, MatMulInteger, and the product of both scales."""

@@ -73,7 +73,9 @@ class Int8(Pass):
         for node in proposals:
             before = costs[node.name]
             weight = model.constant(node.inputs[1])
-            after = Cost(before.macs, before.parameters, before.weight_bytes - weight.nbytes + weight.size)
+            saved = weight.nbytes - weight.size  # of a weight that several layers read, the first tells
+            saved = saved if saved <= before.weight_bytes else 0
+            after = Cost(before.macs, before.parameters, before.weight_bytes - saved)
             yield Proposal(node.name, (node.name,), {"form": form}, before, after, damages[node])
 
     def _damages(self, model: Model, nodes: list[ir.Node], context: Context) -> dict[ir.Node, float | None]:

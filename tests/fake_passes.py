@@ -75,7 +75,8 @@ def scaled(weight: str, factor: float) -> Change:
 
     def change(model: Model, chosen: Sequence[Proposal]) -> None:
         value = model.value(weight)
-        edit.set_initializer(model, value, model.constant(value) * np.float32(factor))
+        array = model.constant(value)
+        edit.set_initializer(model, value, (array * np.float64(factor)).astype(array.dtype))
 
     return change
 

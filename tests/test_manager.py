@@ -457,3 +457,21 @@ def test_a_replay_of_another_recipe_is_refused(model):
         run(model, Simplify(), replay=told)
     with pytest.raises(BadInput, match=r"ran \['fold-batchnorm'\] where the recipe has \['lossy'\]"):
         run(model, Simplify(), Lossy(), replay=told)
+
+
+def test_in_float16_an_exact_pass_may_round_as_float16_does():
+    model = capture.from_proto(networks.half())
+    folded = run(model, FoldBatchNorm()).stages[0].passes[0]
+    assert folded.status == KEPT
+    assert FoldBatchNorm.tolerance < folded.drift <= 4 * 2**-10
+    assert run(model, Exact(scaled("conv1.weight", 1.05))).stages[0].passes[0].status == UNDONE
+
+
+@pytest.mark.parametrize("kind", [Exact, Lossy])
+def test_a_pass_whose_model_the_runtime_does_not_load_is_named(model, kind):
+    def mistyped(model: Model, chosen) -> None:
+        bias = model.value("fc.bias")
+        edit.set_initializer(model, bias, model.constant(bias).astype(np.float64))
+
+    with pytest.raises(PassFailed, match=rf"^{kind.name}: onnxruntime does not load .*; leave this pass out$"):
+        run(model, kind(mistyped))

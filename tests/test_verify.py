@@ -9,7 +9,7 @@ from effc import capture, edit
 from effc.errors import InvalidModel
 from effc.model import Model
 from effc.registry import backend
-from effc.verify import RULES, difference, drift, equivalent, verify
+from effc.verify import RULES, difference, drift, equivalent, rounding, verify
 from tests import networks
 from tests.networks import NETWORKS, feeds
 
@@ -148,3 +148,16 @@ def test_equivalent_holds_to_its_tolerance():
     assert moved == pytest.approx(0.01 / largest, rel=1e-3)
     assert equivalent(a, b, inputs, 1.01 * moved, runtime)
     assert not equivalent(a, b, inputs, 0.99 * moved, runtime)
+
+
+def test_a_sub_graph_reads_only_what_is_there():
+    model = capture.from_proto(networks.control())
+    inner = next(iter(model.node("node_choice").attributes["then_branch"].as_graph()))
+    assert inner.op_type == "Add"  # of a tensor of the main graph and a weight there
+    inner.replace_input_with(1, ir.Value(name="ghost"))
+    assert "Add 'node_then_branch' reads 'ghost', which nothing before it makes" in complaint(model)
+
+
+def test_what_rounding_alone_may_move_is_that_of_the_coarsest_weight():
+    assert rounding(capture.from_proto(networks.plain())) == 0
+    assert rounding(capture.from_proto(networks.half())) == 4 * 2**-10
