@@ -129,6 +129,9 @@ def optimize(
         seed=seed,
         progress=progress,
     )
+    data = {k: d.digest for k, d in (("calibrate", calibration), ("evaluate", evaluation)) if d is not None}
+    if replay is not None and replay.data.get("calibrate") != data.get("calibrate"):
+        raise BadInput("the report to replay was made with other calibration data; give the same --calibrate SPEC")
     before = Snapshot(cost(original, batch, dims).total, stored_size(original), len(original.graph))
     history = History(
         model=original.name,
@@ -139,7 +142,7 @@ def optimize(
         threads=threads,
         seed=seed,
         versions=_versions(backend),
-        data={k: d.digest for k, d in (("calibrate", calibration), ("evaluate", evaluation)) if d is not None},
+        data=data,
         original=before,
         final=before,
         notes=[*original.notes, *_data_notes(calibration, evaluation)],

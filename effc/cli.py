@@ -165,9 +165,9 @@ def passes(
 
 def _compared(a, b, evaluate_on, batch, threads, dims, seed, progress):
     first, second = effc.load(a), effc.load(b)
-    names = [[t.name for t in m.inputs] for m in (first, second)]
-    if names[0] != names[1]:
-        raise BadInput(f"the models have other inputs: {names[0]} and {names[1]}")
+    inputs = [", ".join(f"{t.name} {t.dtype} {_shown(t.shape)}" for t in m.inputs) for m in (first, second)]
+    if inputs[0] != inputs[1]:
+        raise BadInput(f"the models take different inputs and cannot be compared: {inputs[0]} and {inputs[1]}")
     backend = registry.backend("onnxruntime")
     batch = first.batch or second.batch or 1 if batch is None else batch
     data = None if evaluate_on is None else open_data(evaluate_on).for_model(first)
@@ -183,6 +183,11 @@ def _compared(a, b, evaluate_on, batch, threads, dims, seed, progress):
         for m, m_path, key in ((first, a, "a"), (second, b, "b"))
     ]
     return *snapshots, latency
+
+
+def _shown(shape: tuple[int | str | None, ...] | None) -> str:
+    """A shape whose dynamic dimensions are alike whatever they are called."""
+    return "of any rank" if shape is None else "x".join(str(d) if isinstance(d, int) else "?" for d in shape)
 
 
 def _dims(texts: list[str] | None) -> dict[str, int]:

@@ -106,6 +106,8 @@ class Guard:
         if not self.measure:
             record.unproven.append("latency was not measured")
             return
+        if has_branches(after) and not has_branches(before):
+            record.unproven.append("latency and cost depend on the input: they were measured on one batch of samples")
         record.latency = self.latency(before, after)
         if record.latency.slower:
             # Noise comes in bursts: what is undone was seen slower twice.
@@ -184,9 +186,9 @@ class Guard:
             sessions = {"original": self.backend.session(self.original, threads=self.threads)}
             if model.revision != self.original.revision:
                 sessions["model"] = self.backend.session(model, threads=self.threads)
-            scores = evaluate(
-                sessions, self._part(part), batch=self.original.batch, reference="original", progress=self.progress
-            )
+            # A branch goes one way for the whole batch: only at the deployed batch does it go as it will.
+            batch = self.batch if has_branches(model) else self.original.batch
+            scores = evaluate(sessions, self._part(part), batch=batch, reference="original", progress=self.progress)
             scores.setdefault("model", scores["original"])
             self._scores[key] = scores
         return self._scores[key]
@@ -203,7 +205,12 @@ def _known_drop(accuracy: Accuracy) -> float:
 
 def _points(accuracy: Accuracy) -> str:
     reached = "no number" if accuracy.points is None else f"{accuracy.points:.2f}"
-    return f"{accuracy.metric} falls by {accuracy.drop:.2f} points to {reached} on {accuracy.samples} samples"
+    return f"{accuracy.metric} is worse by {accuracy.drop:.2f} points, at {reached}, on {accuracy.samples} samples"
+
+
+def has_branches(model: Model) -> bool:
+    """Whether the main graph decides at run time what it computes."""
+    return any(True for _ in model.nodes("If", "Loop"))
 
 
 def _quantised(model: Model) -> bool:

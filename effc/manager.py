@@ -46,6 +46,7 @@ class PassManager:
         self.context = context
         self.guard = guard
         self.replay = replay
+        self._after_stage: tuple[Pass, ...] = ()
 
     def run(self, model: Model, passes: Sequence[Pass]) -> Outcome:
         """Carry out a recipe. The model given is never changed.
@@ -61,7 +62,7 @@ class PassManager:
         remaining = [step for stage in planned for step in stage.passes]
         for number, stage in enumerate(planned):
             remaining = remaining[len(stage.passes) :]
-            self.context.later = tuple(remaining)
+            self._after_stage = tuple(remaining)
             attempt, record = self._stage(stage, outcome.model, number)
             outcome.stages.append(record)
             if record.status == KEPT:
@@ -129,6 +130,7 @@ class PassManager:
         node_map = {node.name: (node.name,) for node in before.graph}
         records, done = [], []
         for number, step in enumerate(stage.passes):
+            self.context.later = (*stage.passes[number + 1 :], *self._after_stage)
             given = None if chosen is None else list(chosen[number])
             model, record, own, taken = self.apply(step, model, given)
             node_map = compose(node_map, own)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -56,6 +57,7 @@ class Model:
         self._for_clones: dict[object, object] = {}
         self._cached_revision = self.revision
         self._names: set[str] | None = None
+        self._former_names: frozenset[str] = frozenset()
         _name_nodes(model.graph)
 
     @property
@@ -107,16 +109,19 @@ class Model:
         return shape[0] if shape and isinstance(shape[0], int) else None
 
     def names(self) -> set[str]:
-        """Every name of a node or tensor in the model, sub-graphs and functions included."""
+        """Every name of a node or tensor in the model, sub-graphs and functions included.
+
+        Names of the models that it was cloned from stay taken: one name means one tensor through a whole recipe.
+        """
         if self._names is None:
-            self._names = _all_names(self.ir)
+            self._names = _all_names(self.ir) | self._former_names
         return self._names
 
     def touch(self) -> None:
         """Draw a new revision. For `effc.edit`; whoever changed the graph otherwise has broken a rule."""
         self.revision = next(_revisions)
 
-    def cached(self, key: object, compute, *, for_clones: bool = False):
+    def cached(self, key: object, compute: Callable[[], Any], *, for_clones: bool = False) -> Any:
         """`compute()`, remembered until the next edit.
 
         `for_clones`: clones take it over; it then holds no node or tensor of this model, only their names.
@@ -135,6 +140,7 @@ class Model:
         with collection_paused():
             copy = Model(self.ir.clone(), self.name, self.notes)
         copy.revision = copy._cached_revision = self.revision
+        copy._former_names = frozenset(self.names())
         if self._cached_revision == self.revision:
             copy._for_clones = dict(self._for_clones)
         return copy

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from effc.model import STANDARD_DOMAINS, Model, constant_tensor
+from effc.model import STANDARD_DOMAINS, Model
 from effc.target import IntegerKernels
 
 ABSORBED = ("Relu", "Clip")

@@ -106,13 +106,14 @@ def _divergence(bins: Bins, q: Affine) -> float:
         counts[zero] = min(counts[zero], max(around, default=0.0))
     if not counts.any():
         return 0.0
+    if not inside.any():
+        return np.inf
     reference = np.where(inside, counts, 0.0)
     index = (codes - codes[0]).astype(np.int64)
     # The reference keeps the clipped mass at the ends; the coded distribution spreads a code's mass over its bins.
-    if inside.any():
-        first, last = np.flatnonzero(inside)[[0, -1]]
-        reference[first] += counts[:first].sum()
-        reference[last] += counts[last + 1 :].sum()
+    first, last = np.flatnonzero(inside)[[0, -1]]
+    reference[first] += counts[:first].sum()
+    reference[last] += counts[last + 1 :].sum()
     occupied = inside & (counts > 0)
     mass = np.bincount(index, np.where(inside, counts, 0.0))
     places = np.maximum(np.bincount(index, occupied), 1)

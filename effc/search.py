@@ -77,12 +77,12 @@ class Search:
 
 
 def _steps(count: int) -> list[int]:
-    """How many rewrites to give up, step by step: 1, 2, 3, 4, 6, 8, 12, 16, 24 ..."""
+    """How many rewrites to give up, step by step: 1, 2, 3, 4, 6, 8, 12, 16, 24 ... and all but one."""
     steps, step = [], 1
     while step < count:
         steps += [step, step + step // 2] if step > 1 else [step]
         step *= 2
-    return [s for s in steps if s < count]
+    return sorted({s for s in [*steps, count - 1] if 0 < s < count})
 
 
 def _explain(attempt: Attempt, full: Attempt, reason: str) -> None:

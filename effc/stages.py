@@ -51,12 +51,16 @@ def stages(passes: Sequence[Pass]) -> list[Stage]:
             continue
         own = [step]
         if not step.exact and not step.recovers:
-            until = next((i for i, s in enumerate(steps) if s.recovers), None)
+            until = next((i for i, s in enumerate(steps) if _recovers(s)), None)
             if until is not None:
                 own += _unrolled(steps[: until + 1])
                 del steps[: until + 1]
         planned.append(Stage(own))
     return planned
+
+
+def _recovers(step: Pass) -> bool:
+    return step.recovers or (isinstance(step, Repeat) and any(map(_recovers, step.passes)))
 
 
 def _unrolled(passes: Sequence[Pass]) -> Iterator[Pass]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from effc.contract import Context
 
 BATCH_BYTES = 32 * 2**20  # activations of one batch, about
+TINY = 1e-30  # the least extent that is told apart: float32 holds the inverse of its bins' width
 
 
 class Accumulator(Protocol):
@@ -111,16 +112,13 @@ class _HistogramAccumulator:
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
         extent = max(abs(self.minimum), abs(self.maximum))
         if not self.width:
-            if extent == 0:
-                extent = 1e-12
-            self.width = 2.0 ** math.ceil(math.log2(extent / self.BINS))
+            self.width = 2.0 ** math.ceil(math.log2(max(extent, TINY) / self.BINS))
+        while extent / self.width > self.BINS:
+            self._coarsen()
         stride = max(1, -(-flat.size // (self.values * samples)))
         if stride > 1 and stride % 2 == 0:
             stride += 1  # an even stride would see some columns of an image only
         scaled = flat[::stride] * np.float32(1 / self.width)
-        while extent / self.width > self.BINS:
-            self._coarsen()
-            scaled *= np.float32(0.5)
         indices = np.floor(scaled, out=scaled).astype(np.int32)
         self._add(indices)
 

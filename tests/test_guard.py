@@ -185,7 +185,7 @@ def test_accuracy_is_held_to_the_limit_and_comes_before_latency(measured):
     measured.left = [0.5, 0.5]
     record = judged(watching, model, worse, limit=23.9)
     assert (record.status, record.cause) == (UNDONE, "accuracy")
-    assert record.reason == "top1 falls by 24.00 points to 76.00 on 100 samples, more than the 23.9 allowed"
+    assert record.reason == "top1 is worse by 24.00 points, at 76.00, on 100 samples, more than the 23.9 allowed"
     assert not measured
     record = judged(watching, model, worse, limit=24.0 + 1e-9)
     assert record.status == KEPT
@@ -247,7 +247,7 @@ def test_a_model_that_gives_nan_is_undone_not_crashed_on():
     for metric in ("top1", "kl"):
         record = judged(guard(model, evaluation={**samples(), "metric": metric}), model, broken, limit=1.0)
         assert (record.status, record.cause) == (UNDONE, "accuracy")
-        assert record.reason.startswith(f"{metric} falls by ")
+        assert record.reason.startswith(f"{metric} is worse by ")
 
 
 def test_no_drop_can_be_held_in_a_metric_that_is_infinite_for_the_original():
