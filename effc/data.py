@@ -138,6 +138,8 @@ class Data:
         if isinstance(raw, list) and info is not None and info.shape is not None and info.shape[1:2] == (1,):
             raw = [np.asarray(Image.fromarray(image).convert("L"))[..., None] for image in raw]  # the model sees grey
         array = prepare(raw, how, where)
+        if info is not None and _takes_channels_last(info.shape, array.shape):
+            array = np.ascontiguousarray(array.transpose(0, 2, 3, 1))
         if how.dtype is not None:
             array = array.astype(how.dtype)
         if info is not None:
@@ -203,6 +205,13 @@ class Data:
         for name, info in infos.items():
             _check_shape(sample[name].shape[1:], info, f"data {self.name!r}")
         return bound
+
+
+def _takes_channels_last(taken: tuple[int | str | None, ...] | None, made: tuple[int, ...]) -> bool:
+    """Whether images [N, C, H, W] were made for a model that takes [N, H, W, C], as TensorFlow's do."""
+    if taken is None or len(taken) != 4 or len(made) != 4 or made[1] not in (1, 3, 4):
+        return False
+    return taken[3] == made[1] and taken[1] != made[1]
 
 
 def _check_shape(found: tuple[int, ...], info: TensorInfo, where: str) -> None:

@@ -83,6 +83,13 @@ def test_layouts_resize_and_crop_agree_with_pillow(tmp_path, layout):
     assert np.array_equal(found, np.stack(scaled))
 
 
+def test_a_model_of_channels_last_gets_them_last(images):
+    path, x, _ = images
+    bound = open_data(path).for_model(model(("input", np.float32, ["N", 8, 6, 3])))
+    expected = ((x.astype(np.float64) / 255 - MEAN) / STD).astype(np.float32)
+    np.testing.assert_allclose(whole(bound)["input"], expected, atol=1e-6)
+
+
 def test_float_images_are_resized_as_floats(tmp_path):
     x = np.random.default_rng(1).normal(size=(2, 1, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "x.npz", x=x)
