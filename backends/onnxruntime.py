@@ -15,9 +15,9 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from effc.capture import load
-from effc.edit import ir_version_of
 from effc.errors import BadInput, EffcError
 from effc.model import Model
+from effc.opset import ir_version_of
 from effc.runtime import Deployment
 from effc.save import SMALL_BYTES, message, reference
 from effc.verify import plain_outputs
@@ -25,6 +25,10 @@ from effc.verify import plain_outputs
 from ._onnxruntime_graph import read_back
 
 SHAPES_BYTES = 1 << 16  # int64 weights up to this stay in the message: they may be shapes, which loading has to read
+FILE_BYTES = 1 << 20  # weights from this size on stay in their file, if they lie in one
+FLAT_BYTES = 1 << 29  # weights of a model from which on reading it back keeps memory flat
+NO_PREPACKING = "session.disable_prepacking"
+FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 class OnnxRuntime:
@@ -45,6 +49,8 @@ class OnnxRuntime:
     ) -> OnnxRuntimeSession:
         """See `effc.runtime.Backend`. Weights of a Model are handed over by address; onnxruntime copies them once.
 
+        Large weights that lie in a file are mapped from there, and not copied.
+
         Raises:
             BadInput: `expose` names a tensor that the main graph does not have.
             EffcError: onnxruntime does not take the model, in its words.
@@ -54,10 +60,7 @@ class OnnxRuntime:
         options = session_options(threads, optimize)
         if not isinstance(model, Model):
             return OnnxRuntimeSession(os.fspath(model), options, Path(model).name)
-        proto, weights = _split(model, expose)
-        # Read while the session is made; what is kept alive until then is kept by this frame.
-        options.add_external_initializers(list(weights), list(weights.values()))
-        return OnnxRuntimeSession(proto.SerializeToString(), options, model.name)
+        return _load(model, options, expose)
 
     def emit(self, model: Model) -> None:
         """Set the file format version to one that the opset needs and the installed onnxruntime reads.
@@ -80,13 +83,10 @@ class OnnxRuntime:
 
     def deployment(self, model: Model, feeds: Mapping[str, np.ndarray] | None = None, threads: int = 1) -> Deployment:
         """See `effc.runtime.Backend`."""
-        proto, weights = _split(model)
-
-        def make(options: ort.SessionOptions) -> OnnxRuntimeSession:
-            options.add_external_initializers(list(weights), list(weights.values()))
-            return OnnxRuntimeSession(proto.SerializeToString(), options, model.name)
-
-        session, (fused, fell_back, notes) = read_back(model, make, session_options(threads))
+        options = session_options(threads)
+        if model.nbytes() > FLAT_BYTES:
+            options.add_session_config_entry(NO_PREPACKING, "1")  # the same kernels, without a copy of the weights
+        session, (fused, fell_back, notes) = read_back(model, lambda o: _load(model, o), options)
         difference = None
         if feeds is not None:
             difference = largest_difference(session.run(feeds), plain_outputs(model, feeds, self))
@@ -126,21 +126,61 @@ def session_options(threads: int = 1, optimize: bool = True) -> ort.SessionOptio
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry(NO_PREPACKING, "1")
     return options
 
 
+def _load(model: Model, options: ort.SessionOptions, expose: Sequence[str] = ()) -> OnnxRuntimeSession:
+    proto, weights = _split(model, expose)
+    if files := _files(model):
+        options.add_session_config_entry(FOLDER, _folder(files))
+    # Read while the session is made; what is kept alive until then is kept by this frame.
+    options.add_external_initializers(list(weights), list(weights.values()))
+    return OnnxRuntimeSession(proto.SerializeToString(), options, model.name)
+
+
+def _files(model: Model) -> dict[str, str]:
+    """Large weights that lie in files -> the file, where that still is the one they were mapped from."""
+    return {
+        name: os.path.realpath(tensor.path)
+        for name, value in model.graph.initializers.items()
+        if isinstance(tensor := value.const_value, ir.ExternalTensor) and tensor.nbytes >= FILE_BYTES and _same(tensor)
+    }
+
+
+def _folder(files: Mapping[str, str]) -> str:
+    return os.path.commonpath([os.path.dirname(file) for file in files.values()])
+
+
+def _same(tensor: ir.ExternalTensor) -> bool:
+    """Whether a weight's file holds what is mapped, as far as its first bytes tell: it may have been replaced."""
+    if tensor.raw is None:
+        return True
+    start = tensor.offset or 0
+    mapped = bytes(memoryview(tensor.raw)[start : start + SMALL_BYTES])
+    try:
+        with open(tensor.path, "rb") as file:
+            file.seek(start)
+            return file.read(len(mapped)) == mapped
+    except OSError:
+        return False
+
+
 def _split(model: Model, expose: Sequence[str] = ()) -> tuple[onnx.ModelProto, dict[str, ort.OrtValue]]:
-    """The model as a message without its larger weights, and those by name, not copied.
+    """The model as a message without its larger weights, and those by name, not copied, save for what lies in files.
 
     Remembered until the next edit: measuring and evaluating load the same model many times.
     """
+    files = _files(model)
     if expose:
-        return _split_anew(model, expose)
-    return model.cached("onnxruntime message", lambda: _split_anew(model, ()), for_clones=True)
+        return _split_anew(model, files, expose)
+    key = ("onnxruntime message", frozenset(files))
+    return model.cached(key, lambda: _split_anew(model, files, ()), for_clones=True)
 
 
-def _split_anew(model: Model, expose: Sequence[str]) -> tuple[onnx.ModelProto, dict[str, ort.OrtValue]]:
+def _split_anew(
+    model: Model, files: Mapping[str, str], expose: Sequence[str]
+) -> tuple[onnx.ModelProto, dict[str, ort.OrtValue]]:
     weights: dict[str, ort.OrtValue] = {}
 
     def prepare(copy: ir.Model) -> None:
@@ -152,6 +192,8 @@ def _split_anew(model: Model, expose: Sequence[str]) -> tuple[onnx.ModelProto, d
                 del copy.graph.initializers[name]
 
     def place(name: str, tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
+        if name in files and isinstance(tensor, ir.ExternalTensor):
+            return reference(name, tensor, os.path.relpath(files[name], _folder(files)), tensor.offset or 0)
         if tensor.nbytes <= (SHAPES_BYTES if tensor.dtype == ir.DataType.INT64 else SMALL_BYTES):
             return None
         value = _ort_value(tensor)

@@ -29,7 +29,7 @@ from onnx import helper, numpy_helper
 
 from effc import capture
 from effc.contract import Context, Pass, Proposal
-from effc.edit import ir_version_of
+from effc.opset import ir_version_of
 from effc.errors import BadInput
 from effc.model import Model
 from effc.passes import _constants

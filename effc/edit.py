@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 
 from effc.errors import BadInput, InvalidModel, PassFailed
-from effc.model import STANDARD_DOMAINS, Model
-from effc.shapes import strip
+from effc.model import Model
 
 ORIGIN = "effc.origin"  # key in ir.Node.meta: names of the nodes of the model before the pass
 
@@ -417,56 +415,6 @@ def set_metadata(model: Model, properties: Mapping[str, str]) -> None:
     """Add entries to the file's metadata; others are kept."""
     model.ir.metadata_props.update(properties)
     model.touch()
-
-
-def lift_opset(model: Model, version: int) -> None:
-    """Raise the standard operator set to at least `version`, through onnx's converter; names are kept.
-
-    Large weights stay out of the conversion. Sub-graphs are converted with their graph.
-
-    Raises:
-        PassFailed: onnx has no conversion for some operator; the message names what it said.
-    """
-    if model.opset >= version or not model.opset:
-        return
-    copy = model.ir.clone()
-    copy.ir_version = max(copy.ir_version or 0, ir_version_of(version), 4)
-    weights = strip(copy)
-    try:
-        converted = ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(copy), version))
-    except Exception as error:  # the converter raises RuntimeError and ConvertError of its own
-        reason = str(error).strip().splitlines()[0]
-        raise PassFailed(f"opset {model.opset} could not be lifted to {version}: {reason}") from error
-    inputs = list(converted.graph.inputs)
-    converted.graph.inputs.clear()
-    converted.graph.inputs.extend(v for v in inputs if v.name not in weights)
-    for value in inputs:
-        if value.name in weights:
-            value.const_value = weights[value.name]
-            converted.graph.register_initializer(value)
-    _restore_names(model.graph, converted.graph)
-    converted.metadata_props.update(model.ir.metadata_props)
-    converted.functions.update(copy.functions)
-    converted.opset_imports.update({k: v for k, v in copy.opset_imports.items() if k not in STANDARD_DOMAINS})
-    substitute(model, converted)
-
-
-def _restore_names(before: ir.Graph, after: ir.Graph) -> None:
-    """Nodes that the converter left without a name, or renamed, are found again by the tensor they make."""
-    makers = {v.name: node for node in before for v in node.outputs if v.name}
-    for node in after:
-        maker = next((makers[v.name] for v in node.outputs if v.name in makers), None)
-        if maker is not None:
-            node.name = maker.name
-            node.metadata_props.update(maker.metadata_props)
-
-
-_IR_VERSIONS = {9: 4, 10: 5, 11: 6, 12: 7, 15: 8, 19: 9, 21: 10, 23: 11, 24: 12, 25: 13}
-
-
-def ir_version_of(opset: int) -> int:
-    """The file format version that came with an operator set, the lowest that may hold it (onnx release table)."""
-    return max((ir_version for first, ir_version in _IR_VERSIONS.items() if first <= opset), default=3)
 
 
 def _require_in_graph(model: Model, node: ir.Node) -> None:

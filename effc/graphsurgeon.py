@@ -242,7 +242,7 @@ class _Back:
             )
         now = {d.domain: d.version for d in graph.import_domains or ()}
         if (graph.opset, graph.ir_version) != there.versions or {k: now.get(k) for k in there.imports} != there.imports:
-            raise PassFailed("it changed the opset or the IR version, which only effc.edit.lift_opset may")
+            raise PassFailed("it changed the opset or the IR version, which only effc.opset.lift_opset may")
 
     def _graph(self, graph: gs.Graph, outer: Scope) -> ir.Graph:
         _, source = self.there.graphs.get(id(graph), (graph, None))

@@ -16,12 +16,12 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from effc import edit
 from effc.contract import Context, Pass, Proposal, Skipped
 from effc.cost import Cost, cost
 from effc.errors import PassFailed
 from effc.layers import WEIGHTED, bias_array, constant_weight, output_axis
 from effc.model import Model
+from effc.opset import lift_opset
 from effc.placement import Placement, plan
 from effc.quantize import Affine, affine, choose_range
 from effc.statistics import Bins, Histogram, Mean
@@ -124,7 +124,7 @@ class Int8(Pass):
 
     def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
         if model.opset < OPSET:
-            edit.lift_opset(model, OPSET)
+            lift_opset(model, OPSET)
         static = [p.site for p in chosen if p.setting["form"] == "static"]
         lowering = Lowering(
             model,
@@ -199,7 +199,7 @@ def _reached(
 
 def _lifting_fails(model: Model) -> str | None:
     try:
-        edit.lift_opset(model.clone(), OPSET)
+        lift_opset(model.clone(), OPSET)
     except PassFailed as error:
         return f"int8 needs opset {OPSET}: {error}"
     return None

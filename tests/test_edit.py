@@ -1,4 +1,4 @@
-"""effc.edit: what each function does, what it refuses before it writes, and the opset lift."""
+"""effc.edit: what each function does, and what it refuses before it writes."""
 
 import numpy as np
 import onnx
@@ -10,7 +10,6 @@ from effc import capture, edit
 from effc.errors import InvalidModel, PassFailed
 from effc.model import Model
 from tests import networks
-from tests.networks import NETWORKS, distance, feeds, run
 
 
 @pytest.fixture
@@ -233,72 +232,6 @@ def test_another_graph_must_have_the_same_inputs_and_outputs(model):
     with pytest.raises(PassFailed, match=r"the rewritten graph has the inputs \['input'\], the model had \['x'\]"):
         edit.substitute(model, other.ir)
     assert unchanged(model, *before)
-
-
-@pytest.mark.parametrize("target", [13, 17, 21])
-def test_lifting_the_opset_keeps_names_and_outputs(target):
-    proto = networks.old()
-    model = capture.from_proto(proto)
-    names = [n.name for n in model.graph]
-    weights = set(model.graph.initializers)
-    edit.lift_opset(model, target)
-    assert model.opset == target
-    assert [n.name for n in model.graph if n.name in names] == names
-    assert weights <= set(model.graph.initializers)
-    inputs = feeds(proto)
-    assert distance(run(proto, inputs), run(check(model), inputs)) <= 1e-6
-
-
-@pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"control"}))
-def test_lifting_every_network(name):
-    proto = NETWORKS[name]()
-    model = capture.from_proto(proto)
-    edit.lift_opset(model, 21)
-    inputs = feeds(proto)
-    assert distance(run(proto, inputs), run(check(model), inputs)) <= 1e-6
-
-
-def test_lifting_keeps_functions_and_branches():
-    proto = networks.control()
-    model = capture.from_proto(proto)
-    edit.lift_opset(model, 21)
-    inputs = feeds(proto)
-    assert distance(run(proto, inputs), run(check(model), inputs)) <= 1e-6
-
-
-def test_lifting_never_lowers(model):
-    before = state(model)
-    edit.lift_opset(model, 13)
-    assert unchanged(model, *before)
-
-
-def test_lifting_keeps_large_weights_as_they_are():
-    """The very tensors, not copies of them: a model of gigabytes must not be copied."""
-    net = networks.Net("large", opset=11)
-    x = net.input("x", ["N", 64])
-    net.output(net.linear(x, 64, 64, name="fc"), ["N", 64])
-    model = capture.from_proto(net.model())
-    tensor = model.value("fc.weight").const_value
-    edit.lift_opset(model, 17)
-    assert model.value("fc.weight").const_value is tensor
-
-
-def test_a_lift_that_onnx_refuses_changes_nothing(monkeypatch):
-    model = capture.from_proto(networks.old())
-    before = state(model)
-
-    def refuse(proto, version):
-        raise RuntimeError("no adapter for Upsample\nmore words")
-
-    monkeypatch.setattr(onnx.version_converter, "convert_version", refuse)
-    with pytest.raises(PassFailed, match=r"^opset 9 could not be lifted to 13: no adapter for Upsample$"):
-        edit.lift_opset(model, 13)
-    assert unchanged(model, *before)
-
-
-@pytest.mark.parametrize(("opset", "version"), [(7, 3), (9, 4), (13, 7), (17, 8), (20, 9), (21, 10), (23, 11)])
-def test_file_version_of_an_opset(opset, version):
-    assert edit.ir_version_of(opset) == version
 
 
 def test_onnx_ir_passes_count_as_edits(model):

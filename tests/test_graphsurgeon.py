@@ -386,7 +386,7 @@ REFUSALS = [
     (rename_input, "the rewritten graph has the inputs"),
     (drop_output, "the rewritten graph has the outputs"),
     (change_function, "it changed a local function"),
-    (change_opset, "which only effc.edit.lift_opset may"),
+    (change_opset, "which only effc.opset.lift_opset may"),
     (two_constants, "two constants with different numbers are called 'bias'"),
     (two_tensors, "two tensors are called"),
     (dangling, "reads 'nowhere', which nothing makes"),

@@ -133,9 +133,7 @@ def test_a_bias_in_all_its_forms(shape, beta):
 def test_third_operands_that_are_no_bias(shape):
     net, name = dense("Gemm", np.zeros(shape))
     model = capture.from_proto(net.model())
-    with pytest.raises(
-        ValueError, match=re.escape(f"its third operand of shape {shape} is no bias along 5 outputs")
-    ):
+    with pytest.raises(ValueError, match=re.escape(f"its third operand of shape {shape} is no bias along 5 outputs")):
         bias_array(model, model.node(name), 5)
 
 
