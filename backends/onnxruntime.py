@@ -26,7 +26,7 @@ from ._onnxruntime_graph import read_back
 
 SHAPES_BYTES = 1 << 16  # int64 weights up to this stay in the message: they may be shapes, which loading has to read
 FILE_BYTES = 1 << 20  # weights from this size on stay in their file, if they lie in one
-FLAT_BYTES = 1 << 29  # weights of a model from which on reading it back keeps memory flat
+FLAT_BYTES = 1 << 30  # weights of a model from which on reading it back keeps memory flat
 NO_PREPACKING = "session.disable_prepacking"
 FOLDER = "session.model_external_initializers_file_folder_path"
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from effc.model import STANDARD_DOMAINS, Model
+from effc.model import STANDARD_DOMAINS, Model, constant_tensor
 from effc.target import IntegerKernels
 
 ABSORBED = ("Relu", "Clip")
@@ -93,7 +93,7 @@ def clip_bounds(node: ir.Node) -> tuple[float | None, float | None]:
     for index, key in ((1, "min"), (2, "max")):
         value = node.inputs[index] if len(node.inputs) > index else None
         if value is not None:
-            tensor = value.const_value
+            tensor = constant_tensor(value)
             bounds.append(None if tensor is None else float(tensor.numpy().reshape(-1)[0]))
         else:
             bounds.append(node.attributes.get_float(key, None) if key in node.attributes else None)
@@ -123,7 +123,7 @@ def is_global_mean(node: ir.Node, shapes: Mapping[str, tuple | None]) -> bool:
     if "axes" in node.attributes:
         axes = list(node.attributes.get_ints("axes", ()))
     else:
-        tensor = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] is not None else None
+        tensor = constant_tensor(node.inputs[1]) if len(node.inputs) > 1 else None
         axes = [] if tensor is None else tensor.numpy().tolist()
     return sorted(a % 4 for a in axes) == [2, 3]
 
@@ -144,7 +144,7 @@ def passes_codes(node: ir.Node, kernels: IntegerKernels) -> bool:
 def _pads_zero(node: ir.Node) -> bool:
     if len(node.inputs) < 3 or node.inputs[2] is None:
         return True
-    tensor = node.inputs[2].const_value
+    tensor = constant_tensor(node.inputs[2])
     return tensor is not None and not np.any(tensor.numpy())
 
 
@@ -160,4 +160,9 @@ def _needs_codes(
         return kernels.output_pairs
     if out.is_graph_output():
         return False
-    return any(n in chosen or computes(n, kernels, shapes) or passes_codes(n, kernels) for n in out.consumers())
+    return any(n in chosen or _may_compute(n, kernels, shapes) or passes_codes(n, kernels) for n in out.consumers())
+
+
+def _may_compute(node: ir.Node, kernels: IntegerKernels, shapes: Mapping[str, tuple | None]) -> bool:
+    """Whether an operator between layers can end up on codes: one that adds a constant, as a bias, cannot."""
+    return computes(node, kernels, shapes) and all(constant_tensor(v) is None for v in _operands(node))

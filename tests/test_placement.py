@@ -134,14 +134,22 @@ def test_what_the_caller_reads_is_not_left_in_codes(op):
     assert found.coded == {"x": "x", "a": "a"} and found.integer == {"a"}
 
 
+def low(net: Net, bound: float) -> str:
+    return net.weight("low", np.float32(bound))
+
+
+def high(net: Net, bound: float) -> str:
+    return net.weight("high", np.float32(bound))
+
+
 ACTIVATIONS = {
     "relu": (lambda n, y: n.node("Relu", y, name="act"), True),
-    "clip": (lambda n, y: n.node("Clip", y, n.weight("l", np.float32(0)), n.weight("h", np.float32(6)), name="act"), True),
-    "clip below": (lambda n, y: n.node("Clip", y, n.weight("l", np.float32(0)), name="act"), True),
-    "clip from one": (lambda n, y: n.node("Clip", y, n.weight("l", np.float32(-1)), name="act"), False),
-    "clip above": (lambda n, y: n.node("Clip", y, "", n.weight("h", np.float32(6)), name="act"), False),
+    "clip": (lambda n, y: n.node("Clip", y, low(n, 0), high(n, 6), name="act"), True),
+    "clip below": (lambda n, y: n.node("Clip", y, low(n, 0), name="act"), True),
+    "clip from minus one": (lambda n, y: n.node("Clip", y, low(n, -1), name="act"), False),
+    "clip above": (lambda n, y: n.node("Clip", y, "", high(n, 6), name="act"), False),
     "tanh": (lambda n, y: n.node("Tanh", y, name="act"), False),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", ACTIVATIONS)
@@ -189,7 +197,7 @@ def test_an_activation_inside_a_branch_is_not_absorbed():
 
 
 def test_bounds_of_clips():
-    net, x = start("bounds", opset=6)
+    net, x = start("bounds", opset=9)
     net.output(net.node("Clip", x, name="both", min=0.0, max=6.0), ["N", 4, 8, 8])
     net.output(net.node("Clip", x, name="none"), ["N", 4, 8, 8])
     model = capture.from_proto(net.model())

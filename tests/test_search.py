@@ -1,0 +1,212 @@
+"""effc.search: which rewrites are given up, and in what order, where all outcomes are told beforehand."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from effc import capture
+from effc.contract import Proposal
+from effc.cost import Cost
+from effc.guard import Guard
+from effc.history import KEPT, UNDONE, NodeRecord, PassRecord, StageRecord
+from effc.measure import Latency
+from effc.model import Model
+from effc.search import GAIN, LOOKS, Search
+from effc.stages import Attempt
+from tests import networks
+
+Drop = Callable[[frozenset[int]], float | None]
+
+
+def proposals(damages: Sequence[float], savings: Sequence[int] | None = None) -> list[Proposal]:
+    savings = savings or [10] * len(damages)
+    return [
+        Proposal(f"layer{i}", (f"layer{i}",), {"rank": i}, Cost(macs=100), Cost(macs=100 - s), d)
+        for i, (d, s) in enumerate(zip(damages, savings, strict=True))
+    ]
+
+
+class Told:
+    """A guard and attempts that do nothing: `looks` are at part of the data, `judged` at all of it."""
+
+    quantity, times, choosing_samples, chosen_on_part = "macs", True, 50, False
+
+    def __init__(self, part: Drop = lambda kept: 0.0, whole: Drop = lambda kept: 0.0) -> None:
+        self.part, self.whole = part, whole
+        self.ratios: dict[str, tuple[float, float, float]] = {}
+        self.looks: list[frozenset[int]] = []
+        self.judged: list[frozenset[int]] = []
+        self.made: dict[int, frozenset[int]] = {}
+        self.everything: list[Proposal] = []
+        self.raced = 0
+
+    def make(self, chosen: list[Proposal]) -> Attempt:
+        model = capture.from_proto(networks.mlp())
+        self.made[id(model)] = frozenset(p.setting["rank"] for p in chosen)
+        done = {p.site for p in chosen}
+        ledger = [
+            NodeRecord(p.site, "Conv", "changed", (p.site,), p.setting, damage=p.damage)
+            if p.site in done
+            else NodeRecord(p.site, "Conv", "skipped", reason="nothing for it to do")
+            for p in self.everything
+        ]
+        ledger.append(NodeRecord("other", "Conv", "skipped", reason="nothing for it to do"))
+        return Attempt(model, [PassRecord("lossy", "lossy", False, KEPT, ledger=ledger)], {}, [list(chosen)])
+
+    def drop(self, model: Model) -> float | None:
+        self.looks.append(self.made[id(model)])
+        return self.part(self.looks[-1])
+
+    def judge(self, record: StageRecord, before: Model, after: Model, lossy: bool, limit: float | None) -> None:
+        assert lossy and limit is not None
+        self.judged.append(self.made[id(after)])
+        drop = self.whole(self.judged[-1])
+        if drop is not None and drop > limit:
+            record.status, record.cause, record.reason = UNDONE, "accuracy", f"{drop} is too much"
+
+    def race(self, models: dict[str, Model]) -> dict[str, Latency]:
+        self.raced += 1
+        assert list(models) == ["all", *self.ratios]
+        return {name: Latency(2.0, 2 * r, r, low, high, 9, 1, 1) for name, (r, low, high) in self.ratios.items()}
+
+
+def full(told: Told, everything: list[Proposal]) -> tuple[Attempt, StageRecord]:
+    """The attempt with all rewrites, and how it failed."""
+    told.everything = everything
+    attempt = told.make(everything)
+    attempt.records[0].ledger[-1] = NodeRecord("other", "Conv", "skipped", reason="its weight is no constant")
+    return attempt, StageRecord(attempt.records, UNDONE, "accuracy", "too much")
+
+
+def within(told: Any, everything: list[Proposal], precise: list[Proposal] | None = None, limit: float = 1.0):
+    attempt, failed = full(told, everything)
+    search = Search(told, told.make)
+    return search.within(limit, attempt.model, attempt, failed, everything if precise is None else precise)
+
+
+def damage_of(damages: Sequence[float]) -> Drop:
+    return lambda kept: sum(damages[i] for i in kept)
+
+
+def test_the_worst_trades_are_given_up_first():
+    """Damage per unit saved decides: layer 2 hurts most, but saves most too."""
+    damages, savings = [1.0, 4.0, 6.0, 2.0, 0.5], [10, 20, 60, 10, 10]
+    told = Told(lambda kept: 9.0)
+    within(told, proposals(damages, savings))
+    assert told.looks == [frozenset({4, 0, 2, 3}), frozenset({4, 0, 2}), frozenset({4, 0}), frozenset({4})]
+    assert not told.judged  # nothing held the limit even on the part
+
+
+def test_what_was_estimated_again_decides_the_order():
+    precise = proposals([1.0, 9.0, 2.0])
+    told = Told(lambda kept: 9.0)
+    within(told, proposals([9.0, 1.0, 2.0]), [*precise, Proposal("elsewhere", (), {}, Cost(), Cost(), 0.0)])
+    assert told.looks == [frozenset({0, 2}), frozenset({0})]
+
+
+def test_stops_at_the_first_choice_that_holds_on_all_data():
+    damages = [0.25, 0.5, 1.0, 2.0, 4.0]
+    told = Told(damage_of(damages), damage_of(damages))
+    attempt, record = within(told, proposals(damages))
+    assert [p.setting["rank"] for p in attempt.chosen[0]] == [0, 1] and record.status == KEPT
+    assert [len(kept) for kept in told.looks] == [4, 3, 2]
+    assert told.judged == [frozenset({0, 1})] and told.chosen_on_part
+
+
+def test_what_holds_on_the_part_alone_is_looked_at_and_passed_over():
+    """No order is perfect: the part says yes to all, the whole to the third."""
+    told = Told(lambda kept: 0.0, lambda kept: 0.5 if len(kept) <= 3 else 3.0)
+    attempt, record = within(told, proposals([1.0] * 6))
+    assert [len(kept) for kept in told.judged] == [5, 4, 3] and len(attempt.chosen[0]) == 3
+    assert record.status == KEPT and record.passes[0].notes == [
+        "3 of 6 rewrites were given up to hold a drop of 1 points: chosen on 50 samples, judged 4 times on all"
+        " evaluation samples"
+    ]
+
+
+@pytest.mark.parametrize("count", [30, 400])
+def test_looks_at_all_data_are_bounded_and_the_last_failure_is_told(count):
+    told = Told(lambda kept: 0.0, lambda kept: 5.0)
+    attempt, record = within(told, proposals([1.0] * count))
+    assert len(told.judged) == len(told.looks) == LOOKS
+    assert (record.status, record.cause) == (UNDONE, "accuracy") and attempt.model is not None
+    assert f"judged {LOOKS + 1} times" in record.passes[0].notes[0]
+
+
+def test_a_long_list_is_given_up_in_growing_steps():
+    told = Told(lambda kept: 9.0)
+    within(told, proposals([1.0] * 100))
+    assert [100 - len(kept) for kept in told.looks] == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 99]
+
+
+def test_no_choice_that_holds_leaves_the_failure_as_it_was():
+    for told, everything in ((Told(lambda kept: 9.0), proposals([1.0] * 4)), (Told(), proposals([1.0]))):
+        attempt, record = within(told, everything)
+        assert record.reason == "too much" and len(attempt.chosen[0]) == len(everything) and not told.judged
+        count = len(everything)
+        assert record.passes[0].notes[0].startswith(f"{count} of {count} rewrites were given up")
+
+
+def test_a_drop_that_is_no_number_does_not_hold():
+    told = Told(lambda kept: None)
+    _, record = within(told, proposals([1.0] * 3))
+    assert record.status == UNDONE and not told.judged
+
+
+def test_the_ledger_says_what_was_given_up_and_keeps_what_was_refused_before():
+    damages = [0.25, 4.0, 0.5]
+    told = Told(damage_of(damages), damage_of(damages))
+    attempt, _ = within(told, proposals(damages))
+    entries = {e.node: e for e in attempt.records[0].ledger}
+    assert {n: e.status for n, e in entries.items()} == {
+        "layer0": "changed", "layer1": "skipped", "layer2": "changed", "other": "skipped",
+    }  # fmt: skip
+    assert entries["layer1"].reason == "given up to hold a drop of 1 points" and entries["layer1"].damage == 4.0
+    assert entries["other"].reason == "its weight is no constant"
+    assert entries["layer0"].reason == "" and entries["layer0"].damage == 0.25
+
+
+@pytest.mark.parametrize(
+    ("ratios", "taken"),
+    [
+        ([(0.9, 0.88, 0.92)], [1, 2, 3]),
+        ([(0.9, 0.88, 0.92), (0.8, 0.7, 0.9)], [2, 3]),  # the fastest
+        ([(0.8, 0.78, 0.82), (0.9, 0.85, 0.95)], [1, 2, 3]),
+        ([(0.9, 0.7, 1.1)], None),  # faster, but not beyond doubt
+        ([(GAIN + 0.005, 0.98, 0.99)], None),  # beyond doubt, but by next to nothing
+        ([(1.2, 1.1, 1.3), (1.0, 0.99, 1.01)], None),
+    ],
+)
+def test_a_variant_is_taken_only_where_it_is_faster_beyond_doubt(ratios, taken):
+    told: Any = Told()
+    everything = proposals([1.0] * 4)
+    attempt, _ = full(told, everything)
+    told.ratios = {str(i): r for i, r in enumerate(ratios)}
+    variants = [everything[k + 1 :] for k in range(len(ratios))]
+    found = Search(told, told.make).quickest(attempt, variants)
+    assert told.raced == 1
+    if taken is None:
+        assert found is attempt
+        return
+    assert [p.setting["rank"] for p in found.chosen[0]] == taken
+    entries = {e.node: e for e in found.records[0].ledger}
+    ratio = min(r for r, _, _ in ratios)
+    reason = f"measured faster with this layer in its old form ({ratio:.2f}x of the time)"
+    assert [entries[f"layer{i}"].reason for i in range(4) if i not in taken] == [reason] * (4 - len(taken))
+    assert entries["other"].reason == "its weight is no constant"
+
+
+def test_nothing_is_raced_without_variants_or_without_a_clock():
+    told: Any = Told()
+    attempt, _ = full(told, proposals([1.0] * 2))
+    assert Search(told, told.make).quickest(attempt, []) is attempt
+    told.times = False
+    assert Search(told, told.make).quickest(attempt, [[attempt.chosen[0][0]]]) is attempt
+    assert told.raced == 0
+
+
+def test_the_stand_in_has_what_a_guard_has():
+    for name in ("quantity", "times", "choosing_samples", "drop", "judge", "race"):
+        assert hasattr(Guard, name) and hasattr(Told, name)
+    assert {"chosen_on_part"} <= Guard.__dataclass_fields__.keys()
