@@ -7,7 +7,7 @@ are quantised dynamically, and convolutions are left alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Annotated, ClassVar, Literal
@@ -78,7 +78,7 @@ class Int8(Pass):
             after = Cost(before.macs, before.parameters, before.weight_bytes - saved)
             yield Proposal(node.name, (node.name,), {"form": form}, before, after, damages[node])
 
-    def _damages(self, model: Model, nodes: list[ir.Node], context: Context) -> dict[ir.Node, float | None]:
+    def _damages(self, model: Model, nodes: list[ir.Node], context: Context) -> Mapping[ir.Node, float | None]:
         if context.calibration is None or not nodes:
             return dict.fromkeys(nodes)
         if context.precise:

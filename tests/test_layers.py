@@ -125,6 +125,7 @@ def test_a_bias_in_all_its_forms(shape, beta):
     model = capture.from_proto(net.model())
     found = bias_array(model, model.node(name), 5)
     x = np.zeros((1, 7), np.float32)
+    assert found is not None
     np.testing.assert_allclose(found, run(net.model(), {"x": x})["fc"][0], atol=1e-6)
     assert found.shape == (5,) and found.dtype == np.float32
 

@@ -18,9 +18,11 @@ class Drawn:
     """The placement of a network, by names: of tensors where they carry codes, of nodes where they compute."""
 
     def __init__(self, net: Net, *weighted: str, kernels: IntegerKernels = KERNELS) -> None:
-        model = capture.from_proto(net.model())
+        proto = net.model()
+        proto.opset_import.append(helper.make_opsetid("com.example", 1))
+        model = capture.from_proto(proto)
         found = plan(model, [f"node_{name}" for name in weighted], kernels)
-        self.coded = {v.name: s.name for v, s in found.coded.items()}
+        self.coded: dict[str, str] = {v.name or "": s.name or "" for v, s in found.coded.items()}
         self.integer = {n.name.removeprefix("node_") for n in found.integer}
         self.passing = {n.name.removeprefix("node_") for n in found.passing}
         self.settled = {n.name.removeprefix("node_"): v.name for n, v in found.settled.items()}
@@ -281,9 +283,6 @@ def test_what_a_foreign_operator_makes_is_coded_for_its_reader():
     net.conv(x, 4, 4, 1, name="a")
     net.nodes.append(helper.make_node("Add", ["a", "a"], ["f"], name="node_f", domain="com.example"))
     net.output(net.conv("f", 4, 4, 1, name="b"), ["N", 4, 8, 8])
-    proto = net.model()
-    proto.opset_import.append(helper.make_opsetid("com.example", 1))
-    net.model = lambda: proto
     found = Drawn(net, "a", "b")
     assert found.own == {"x", "a", "f", "b"} and found.integer == {"a", "b"}
 

@@ -220,12 +220,12 @@ def test_an_edit_makes_what_is_known_void():
     before = context.statistics(model, [Mean("conv1")])[Mean("conv1")]
     edited = model.clone()
     weight = edited.value("conv1.weight")
-    edit.set_initializer(edited, weight, 3 * edited.constant(weight))
+    edit.set_initializer(edited, weight, 3 * weight.const_value.numpy())
     after = context.statistics(edited, [Mean("conv1")])[Mean("conv1")]
     np.testing.assert_allclose(after, 3 * before, atol=1e-5 * np.abs(before).max())
     assert runtime.sessions == 2
     assert context.statistics(model, [Mean("conv1")])[Mean("conv1")] is before  # the original's stay known
-    edit.set_initializer(edited, edited.value("conv1.weight"), np.zeros(weight.shape, np.float32))
+    edit.set_initializer(edited, edited.value("conv1.weight"), np.zeros((8, 3, 3, 3), np.float32))
     assert not context.statistics(edited, [Mean("conv1")])[Mean("conv1")].any()
 
 
@@ -240,7 +240,7 @@ class Shift(Request):
             def update(self, values: np.ndarray, *beside: np.ndarray) -> None:
                 self.total, self.rows = self.total + (values - beside[0]).sum(axis=0), self.rows + len(values)
 
-            def result(self) -> np.ndarray:
+            def result(self) -> Any:
                 return self.total / self.rows
 
         return Summing()
