@@ -29,9 +29,9 @@ from onnx import helper, numpy_helper
 
 from effc import capture
 from effc.contract import Context, Pass, Proposal
-from effc.opset import ir_version_of
 from effc.errors import BadInput
 from effc.model import Model
+from effc.opset import ir_version_of
 from effc.passes import _constants
 from effc.passes.fold_batchnorm import FoldBatchNorm
 from effc.passes.simplify import Simplify
