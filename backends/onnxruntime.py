@@ -20,7 +20,7 @@ from effc.model import Model
 from effc.opset import ir_version_of
 from effc.runtime import Deployment
 from effc.save import SMALL_BYTES, message, reference
-from effc.verify import plain_outputs
+from effc.verify import difference, plain_outputs
 
 from ._onnxruntime_graph import read_back
 
@@ -82,15 +82,20 @@ class OnnxRuntime:
             model.touch()
 
     def deployment(self, model: Model, feeds: Mapping[str, np.ndarray] | None = None, threads: int = 1) -> Deployment:
-        """See `effc.runtime.Backend`."""
+        """See `effc.runtime.Backend`. Remembered for these very feeds until the next edit."""
+        key = ("onnxruntime deployment", threads, id(feeds))
+        # Holding the feeds keeps their id theirs.
+        return model.cached(key, lambda: (feeds, self._deploy(model, feeds, threads)), for_clones=True)[1]
+
+    def _deploy(self, model: Model, feeds: Mapping[str, np.ndarray] | None, threads: int) -> Deployment:
         options = session_options(threads)
         if model.nbytes() > FLAT_BYTES:
             options.add_session_config_entry(NO_PREPACKING, "1")  # the same kernels, without a copy of the weights
         session, (fused, fell_back, notes) = read_back(model, lambda o: _load(model, o), options)
-        difference = None
+        gap = None
         if feeds is not None:
-            difference = largest_difference(session.run(feeds), plain_outputs(model, feeds, self))
-        return Deployment(fused, fell_back, difference, notes)
+            gap = difference(plain_outputs(model, feeds, self), session.run(feeds))
+        return Deployment(fused, fell_back, gap, notes)
 
 
 class OnnxRuntimeSession:
@@ -173,6 +178,9 @@ def _split(model: Model, expose: Sequence[str] = ()) -> tuple[onnx.ModelProto, d
     """
     files = _files(model)
     if expose:
+        known = {v.name for v in (*model.graph.inputs, *model.values())}
+        if unknown := next((name for name in expose if name not in known), None):
+            raise BadInput(f"no tensor is called {unknown!r}")
         return _split_anew(model, files, expose)
     key = ("onnxruntime message", frozenset(files))
     return model.cached(key, lambda: _split_anew(model, files, ()), for_clones=True)
@@ -182,14 +190,6 @@ def _split_anew(
     model: Model, files: Mapping[str, str], expose: Sequence[str]
 ) -> tuple[onnx.ModelProto, dict[str, ort.OrtValue]]:
     weights: dict[str, ort.OrtValue] = {}
-
-    def prepare(copy: ir.Model) -> None:
-        if expose:
-            _expose(copy.graph, expose)
-        for name, value in list(copy.graph.initializers.items()):
-            # A weight that nothing reads is gone by the time onnxruntime looks for those handed over.
-            if not value.uses() and not value.is_graph_output() and not value.is_graph_input():
-                del copy.graph.initializers[name]
 
     def place(name: str, tensor: ir.TensorProtocol) -> ir.TensorProtocol | None:
         if name in files and isinstance(tensor, ir.ExternalTensor):
@@ -202,7 +202,18 @@ def _split_anew(
         weights[name] = value
         return reference(name, tensor, "in-memory", 0)
 
-    return message(model, place, changed=prepare), weights
+    # A weight that nothing reads is gone by the time onnxruntime looks for those handed over.
+    unread = {n for n, v in model.graph.initializers.items() if not (_read(v) or n in expose)}
+    proto = message(model, place, without=unread)
+    shown = {v.name for v in model.graph.outputs}
+    for name in dict.fromkeys(expose):
+        if name not in shown:
+            proto.graph.output.add(name=name)  # onnxruntime infers the type itself; a recorded one may be stale
+    return proto, weights
+
+
+def _read(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output() or value.is_graph_input()
 
 
 def _ort_value(tensor: ir.TensorProtocol) -> ort.OrtValue | None:
@@ -216,17 +227,6 @@ def _ort_value(tensor: ir.TensorProtocol) -> ort.OrtValue | None:
         array = array.view(f"u{tensor.dtype.bitwidth // 8}")
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, int(tensor.dtype))
     return None
-
-
-def _expose(graph: ir.Graph, names: Sequence[str]) -> None:
-    values = {v.name: v for v in (*graph.inputs, *graph.initializers.values())}
-    values |= {v.name: v for node in graph for v in node.outputs}
-    for name in dict.fromkeys(names):
-        if name not in values:
-            raise BadInput(f"no tensor is called {name!r}")
-        if not values[name].is_graph_output():
-            # onnxruntime infers the type itself; a recorded one may be stale.
-            graph.outputs.append(values[name])
 
 
 @functools.cache
@@ -252,22 +252,6 @@ def newest_versions() -> tuple[int, int]:
     while runs(17, version + 1):
         version += 1
     return opset, version
-
-
-def largest_difference(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
-    """Largest max|a - b| / max|b| over all outputs; infinite where one is NaN alone or shapes differ."""
-    worst = 0.0
-    for name, right in b.items():
-        left = a[name]
-        if not isinstance(right, np.ndarray) or right.dtype.kind not in "fiub" or not right.size:
-            continue
-        if left.shape != right.shape or not np.array_equal(np.isfinite(left), np.isfinite(right)):
-            return float("inf")
-        finite = np.isfinite(right)
-        left, right = left[finite].astype(np.float64), right[finite].astype(np.float64)
-        gap, scale = np.abs(left - right).max(initial=0.0), np.abs(right).max(initial=0.0)
-        worst = max(worst, gap / scale if scale else (float("inf") if gap else 0.0))
-    return worst
 
 
 def one_line(error: BaseException) -> str:

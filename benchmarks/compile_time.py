@@ -118,10 +118,10 @@ def model_path(name: str) -> Path:
 
 def bare(name: str, samples: int, size: int) -> Generator[None, None, dict]:
     """Forward passes over the data in batches of `size`, with all optimisations of the runtime."""
-    import effc
+    from effc.capture import load
     from effc.registry import backend
 
-    model = effc.load(model_path(name))
+    model = load(model_path(name))
     data = calibration_data(name, samples).for_model(model)
     session = backend("onnxruntime").session(model, threads=1)
     yield
@@ -135,7 +135,7 @@ def bare(name: str, samples: int, size: int) -> Generator[None, None, dict]:
 
 def compiling(name: str, samples: int, recipe: str) -> Generator[None, None, dict]:
     """`effc.optimize` without evaluation and measurement."""
-    import effc
+    from effc.api import optimize
     from effc.recipe import build, parse
 
     steps = build(parse(recipe))
@@ -144,18 +144,18 @@ def compiling(name: str, samples: int, recipe: str) -> Generator[None, None, dic
     path = model_path(name)
     yield
     start, processor = time.perf_counter(), time.process_time()
-    result = effc.optimize(path, steps, calibrate=data, measure=False)
+    result = optimize(path, steps, calibrate=data, measure=False)
     took = {"seconds": time.perf_counter() - start, "processor": time.process_time() - processor}
     return {**took, "passes": {p.recipe: p.seconds for p in result.history.passes}}
 
 
 def sizes(name: str) -> Generator[None, None, dict]:
     """Samples in a batch of calibration, and the bytes of all activations that int8 looks at in one."""
-    import effc
+    from effc.capture import load
     from effc.statistics import batch_size
 
     yield
-    model = effc.load(model_path(name))
+    model = load(model_path(name))
     # All that nodes make is the most that can be asked for; int8 asks for nearly all of it.
     tensors = [v.name for node in model.graph for v in node.outputs if v.name]
     size = batch_size(model, tensors)

@@ -29,13 +29,14 @@ import numpy as np
 import onnx
 import peers
 
-import effc
-from effc.api import real_feeds
+from effc.api import optimize, real_feeds
+from effc.capture import load
 from effc.data import Data, open_data
 from effc.evaluate import Score, evaluate
 from effc.history import UNDONE
 from effc.measure import SLOWER, Latency, compare_many
 from effc.registry import backend
+from effc.save import save
 
 RECIPE = "simplify,fold-batchnorm,int8"
 NEVER = "-"
@@ -106,7 +107,7 @@ class Bench:
         root = Path(os.environ["EFFC_DATA"])
         self.name, self.network, self.folder, self.options = name, network, folder, options
         self.float = Candidate("float32", root / "models" / network.file)
-        self.model = effc.load(self.float.path)
+        self.model = load(self.float.path)
         self.calibration, self.evaluation = (
             open_spec(spec, root / "data").for_model(self.model) for spec in (network.calibrate, network.evaluate)
         )
@@ -144,8 +145,8 @@ class Bench:
             settings |= {"evaluate": self.evaluation, "max_drop": self.network.max_drop}
 
         def make() -> None:
-            result = effc.optimize(self.float.path, RECIPE, **settings)
-            effc.save(result.model, made.path)
+            result = optimize(self.float.path, RECIPE, **settings)
+            save(result.model, made.path)
             onnx.checker.check_model(str(made.path), full_check=True)
             for stage in result.history.stages:
                 for step in stage.passes:

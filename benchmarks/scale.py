@@ -118,34 +118,37 @@ def _blocks(total: int, block: int) -> Iterator[int]:
 
 def editing(path: Path, out: Path, clock_of: Clock) -> Generator[None, None, dict[str, float]]:
     """Load, give a few layers new weights, save; seconds of each."""
-    import effc
     from effc import edit
+    from effc.capture import load
+    from effc.save import save
 
     yield
     clock = [clock_of()]
-    model = effc.load(path)
+    model = load(path)
     clock.append(clock_of())
     layers = [v for name, v in model.graph.initializers.items() if name.endswith(".o.weight")]
     for value in layers[:: max(1, len(layers) // EDITED)][:EDITED]:
         edit.set_initializer(model, value, np.asarray(model.constant(value)) * np.float32(0.5))
     clock.append(clock_of())
-    effc.save(model, out, external=True)
+    save(model, out, external=True)
     clock.append(clock_of())
     return dict(zip(("load", "edit", "save"), np.diff(clock).tolist(), strict=True))
 
 
 def simplifying(path: Path, out: Path, clock_of: Clock) -> Generator[None, None, dict[str, float]]:
     """Load, `effc.optimize` with `simplify`, save; seconds of each, and the nodes before and after."""
-    import effc
+    from effc.api import optimize
+    from effc.capture import load
     from effc.passes.simplify import Simplify
+    from effc.save import save
 
     yield
     clock = [clock_of()]
-    model = effc.load(path)
+    model = load(path)
     clock.append(clock_of())
-    result = effc.optimize(model, [Simplify()], measure=False, dims={"S": 8})
+    result = optimize(model, [Simplify()], measure=False, dims={"S": 8})
     clock.append(clock_of())
-    effc.save(result.model, out, external=True)
+    save(result.model, out, external=True)
     clock.append(clock_of())
     nodes = {"before": len(model.graph), "after": len(result.model.graph)}
     return nodes | dict(zip(("load", "simplify", "save"), np.diff(clock).tolist(), strict=True))
@@ -177,7 +180,7 @@ def many(counts: list[int], folder: Path) -> list[str]:
     totals, missed = {}, []
     path, out = folder / "nodes.onnx", folder / "out.onnx"
     for count in sorted(counts):
-        Transformer(path, HEAD).write(round(count / 45), 64)
+        Transformer(path, HEAD).write(round(count / 57), 64)
         run = watch(simplifying, path, out, time.process_time)
         load, simplify, save = (run.result[key] for key in ("load", "simplify", "save"))
         nodes, total = run.result["before"], load + simplify + save

@@ -113,6 +113,12 @@ class Context:
                 self._statistics[*place, request] = result
         return {r: self._statistics[*place, r] for r in requests}
 
+    def still_hold(self, revision: int, model: Model) -> None:
+        """Say that statistics of an earlier state are true of this one: an edit kept tensors, names and values."""
+        for (known, *rest, request), result in list(self._statistics.items()):
+            if known == revision:
+                self._statistics[model.revision, *rest, request] = result
+
 
 class Pass(ABC):
     """Base of all passes. Subclasses are frozen dataclasses with these class variables:

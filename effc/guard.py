@@ -19,6 +19,7 @@ from effc.measure import Latency, compare, compare_many
 from effc.model import Model
 from effc.runtime import Backend
 from effc.shapes import stored_size
+from effc.verify import deployed_drift
 
 # Rounding to 8 bits in another order moves outputs by percents at most; a corrupted layer moves them by their size.
 DEPLOYED_EXACT, DEPLOYED_LOSSY = 1e-3, 0.25
@@ -88,13 +89,13 @@ class Guard:
             self._pays(record, before, after, lossy)
 
     def _deployed(self, record: StageRecord, after: Model, lossy: bool) -> None:
-        deployment = self.backend.deployment(after, self.feeds, self.threads)
+        gap = deployed_drift(after, self.feeds, self.backend, self.threads)
         allowed = DEPLOYED_LOSSY if lossy or _quantised(after) else DEPLOYED_EXACT
-        if deployment.difference is not None and not deployment.difference <= allowed:
+        if not gap <= allowed:
             record.status, record.cause = UNDONE, "deployment"
             record.reason = (
                 f"the runtime's optimised session differs from the same graph run plainly by"
-                f" {deployment.difference:.2g} of the largest output, more than {allowed:g}: the runtime corrupts it"
+                f" {gap:.2g} of the largest output, more than {allowed:g}: the runtime corrupts it"
             )
 
     def _pays(self, record: StageRecord, before: Model, after: Model, lossy: bool) -> None:

@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from effc.errors import BadInput, EffcError, InvalidModel
 from effc.model import Model, collection_paused
+from effc.shapes import skeleton
 
 if TYPE_CHECKING:
     from effc.runtime import Backend
@@ -56,6 +57,7 @@ def save(
 
         backend = find_backend("onnxruntime")
     copy = model.clone()
+    copy.touch()  # what is written is what is there, and nothing that was remembered
     backend.emit(copy)
     if external is None:
         external = copy.nbytes() > INLINE_LIMIT
@@ -74,40 +76,52 @@ def save(
 
 
 @collection_paused()
-def message(model: Model, place: Place, *, changed: Callable[[ir.Model], None] | None = None) -> onnx.ModelProto:
+def message(model: Model, place: Place, *, without: Collection[str] = ()) -> onnx.ModelProto:
     """The model as a protobuf message that holds all its numbers, save for the weights that `place` puts elsewhere.
 
     Args:
         place: (name, tensor) of a weight of the main graph -> the external tensor to write in its stead, or None.
-        changed: edits the copy of the graph that the message is made of.
+        without: weights of the main graph to leave out.
 
     Raises:
         EffcError: what is left is over 2 GiB, more than a message can hold.
     """
-    copy = model.clone().ir
-    if changed is not None:
-        changed(copy)
-    left = 0
-    for graph in copy.graphs():
-        for name, value in graph.initializers.items():
-            if value.const_value is None:
-                continue
-            placed = place(name, value.const_value) if graph is copy.graph else None
-            value.const_value = placed if placed is not None else _in_memory(value.const_value)
-            left += 0 if placed is not None else value.const_value.nbytes
-    for graph in (copy.graph, *copy.functions.values()):
-        for node in graph.all_nodes():
-            for key, attribute in list(node.attributes.items()):
-                if not attribute.is_ref() and isinstance(attribute.value, ir.ExternalTensor):
-                    node.attributes[key] = ir.AttrTensor(key, _in_memory(attribute.value))
-    if left > MESSAGE_LIMIT:
+    tensors = {
+        n: t for n, v in model.graph.initializers.items() if n not in without and (t := v.const_value) is not None
+    }
+    placed = {name: found for name, tensor in tensors.items() if (found := place(name, tensor)) is not None}
+    kept = [tensor for name, tensor in tensors.items() if name not in placed] + list(_inner_weights(model))
+    if (left := sum(tensor.nbytes for tensor in kept)) > MESSAGE_LIMIT:
         raise EffcError(f"{model.name} keeps {left / 1e9:.1f} GB of weights that cannot lie outside the model file")
-    proto = ir.to_proto(copy)
+    proto = skeleton(model)
+    graph, names, inputs = proto.graph, set(model.graph.initializers), {v.name for v in model.graph.inputs}
     # A weight states its own type and shape.
-    others = [info for info in proto.graph.value_info if info.name not in copy.graph.initializers]
-    del proto.graph.value_info[:]
-    proto.graph.value_info.extend(others)
+    _keep(graph.value_info, lambda info: info.name not in names)
+    _keep(graph.input, lambda info: info.name in inputs or info.name not in names)
+    small = {tensor.name: tensor for tensor in graph.initializer}
+    del graph.initializer[:]
+    for name, tensor in tensors.items():
+        if name in small and name not in placed:
+            graph.initializer.append(small[name])
+        else:
+            weight = graph.initializer.add()
+            ir.serde.serialize_tensor_into(weight, placed[name] if name in placed else _in_memory(tensor))
+            weight.name = name
     return proto
+
+
+def _inner_weights(model: Model) -> Iterator[ir.TensorProtocol]:
+    for graph in model.ir.graphs():
+        if graph is not model.graph:
+            yield from (v.const_value for v in graph.initializers.values() if v.const_value is not None)
+
+
+def _keep(items: Any, wanted: Callable[[Any], bool]) -> None:
+    """Drop the other items of a repeated field."""
+    kept = [item for item in items if wanted(item)]
+    if len(kept) < len(items):
+        del items[:]
+        items.extend(kept)
 
 
 def reference(name: str, tensor: ir.TensorProtocol, location: str, offset: int) -> ir.ExternalTensor:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from effc.model import SMALL, STANDARD_DOMAINS, Model, collection_paused, constant_tensor, shape_tuple
+
+SYMBOLIC = "effc.symbolic_shape_infer"
 
 
 def infer(model: Model, batch: int | None, dims: Mapping[str, int]) -> dict[str, tuple | None]:
@@ -256,16 +262,15 @@ def _read(graph: onnx.GraphProto) -> dict[str, tuple | None]:
 
 def _symbolic(proto: onnx.ModelProto) -> dict[str, tuple | None]:
     """What onnxruntime's symbolic inference finds; nothing when it gives up, which it does by many exceptions."""
-    from onnxruntime.tools.symbolic_shape_infer import SymbolicShapeInference
-
     lifted = ir.from_proto(proto)  # it stumbles over Constant nodes that hold plain numbers
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(lifted)
-    logger = logging.getLogger("onnxruntime.tools.symbolic_shape_infer")
+    logger = logging.getLogger(SYMBOLIC)
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         # Its one public function saves a file to the working folder when some shape stays open, and drops the rest.
-        inference = SymbolicShapeInference(2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0)
+        engine = _symbolic_module().SymbolicShapeInference
+        inference = engine(2**31 - 1, auto_merge=True, guess_output_rank=False, verbose=0)
         inference._preprocess(ir.to_proto(lifted))
         while inference.run_:
             inference._infer_impl()
@@ -275,6 +280,17 @@ def _symbolic(proto: onnx.ModelProto) -> dict[str, tuple | None]:
         return {}
     finally:
         logger.setLevel(level)
+
+
+@cache
+def _symbolic_module() -> ModuleType:
+    """onnxruntime's module by its file: the package that it lies in imports torch where there is one."""
+    package = importlib.util.find_spec("onnxruntime")
+    folder = Path(package.submodule_search_locations[0])
+    spec = importlib.util.spec_from_file_location(SYMBOLIC, folder / "tools" / "symbolic_shape_infer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def stored_size(model: Model) -> int:

@@ -21,7 +21,7 @@ from effc.model import Model
 if TYPE_CHECKING:
     from effc.contract import Context
 
-BATCH_BYTES = 32 * 2**20  # activations of one batch, about
+BATCH_BYTES = 16 * 2**20  # activations of one batch, about
 TINY = 1e-30  # the least extent that is told apart: float32 holds the inverse of its bins' width
 
 

@@ -156,6 +156,12 @@ def drift(a: Model, b: Model, feeds: Mapping[str, np.ndarray], backend: Backend)
     return difference(plain_outputs(a, feeds, backend), plain_outputs(b, feeds, backend))
 
 
+def deployed_drift(model: Model, feeds: Mapping[str, np.ndarray], backend: Backend, threads: int = 1) -> float:
+    """`difference` between a graph run plainly and the session that the runtime makes of it."""
+    deployed = backend.session(model, threads=threads).run(feeds)
+    return difference(plain_outputs(model, feeds, backend), deployed)
+
+
 def rounding(model: Model) -> float:
     """What rounding alone may move the outputs of a model by: four units in the last place of its coarsest weights.
 

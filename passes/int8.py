@@ -124,7 +124,9 @@ class Int8(Pass):
 
     def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
         if model.opset < OPSET:
+            before = model.revision
             lift_opset(model, OPSET)
+            context.still_hold(before, model)
         static = [p.site for p in chosen if p.setting["form"] == "static"]
         lowering = Lowering(
             model,

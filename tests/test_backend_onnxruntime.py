@@ -9,7 +9,8 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from effc.backends.onnxruntime import OnnxRuntime, _split, largest_difference, newest_versions
+from effc import verify
+from effc.backends.onnxruntime import OnnxRuntime, _split, newest_versions
 from effc.capture import from_proto, load
 from effc.errors import BadInput, EffcError
 from effc.model import Model
@@ -266,15 +267,6 @@ def test_weights_dequantised_at_every_run_are_told(rng):
     assert RUNTIME.deployment(from_proto(net)).notes == ("the weights of conv are dequantised at every run",)
 
 
-def test_largest_difference():
-    one = {"y": np.array([1.0, -2.0])}
-    assert largest_difference({"y": np.array([1.0, -1.5])}, one) == pytest.approx(0.25)
-    assert largest_difference({"y": np.array([1, 5])}, {"y": np.array([1, 4])}) == pytest.approx(0.25)
-    assert largest_difference({"y": np.array([1.0, np.nan])}, one) == np.inf
-    assert largest_difference({"y": np.zeros(3)}, {"y": np.zeros(3)}) == 0
-    assert largest_difference({"y": np.zeros(2)}, {"y": np.zeros(3)}) == np.inf
-
-
 @pytest.mark.models
 def test_real_models_from_memory_and_from_files_agree():
     if "EFFC_DATA" not in os.environ:
@@ -285,5 +277,5 @@ def test_real_models_from_memory_and_from_files_agree():
         feeds = {n: np.random.default_rng(0).standard_normal(s).astype(np.float32) for n, s in shapes.items()}
         a, b = RUNTIME.session(model).run(feeds), RUNTIME.session(path).run(feeds)
         # Files with weights among their inputs are optimised less, so the numbers may differ by rounding.
-        assert largest_difference(a, b) < 1e-4, path.name
+        assert verify.difference(a, b) < 1e-4, path.name
         assert difference(model, feeds) < 1e-4, path.name
