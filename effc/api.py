@@ -20,14 +20,15 @@ from effc.contract import Context, Pass, Progress, no_progress
 from effc.cost import cost
 from effc.data import Data, DataSpec, open_data
 from effc.errors import BadInput, EffcError, RequirementNotMet
-from effc.guard import Guard
+from effc.guard import Guard, quantised
 from effc.history import KEPT, UNDONE, Accuracy, History, Snapshot
 from effc.manager import PassManager
 from effc.measure import Latency, random_feeds
-from effc.model import Model
+from effc.model import Model, collection_paused
 from effc.recipe import build, describe, format_calls, parse
 from effc.runtime import Backend
 from effc.shapes import stored_size
+from effc.verify import plain_outputs
 
 Spec = str | Path | Mapping[str, Any] | DataSpec | Data
 DEFAULT_PASSES = "simplify,fold-batchnorm,int8"
@@ -132,7 +133,8 @@ def optimize(
     data = {k: d.digest for k, d in (("calibrate", calibration), ("evaluate", evaluation)) if d is not None}
     if replay is not None and replay.data.get("calibrate") != data.get("calibrate"):
         raise BadInput("the report to replay was made with other calibration data; give the same --calibrate SPEC")
-    before = Snapshot(cost(original, batch, dims).total, stored_size(original), len(original.graph))
+    with collection_paused():
+        before = Snapshot(cost(original, batch, dims).total, stored_size(original), len(original.graph))
     history = History(
         model=original.name,
         recipe=format_calls([describe(step) for step in steps]),
@@ -150,7 +152,8 @@ def optimize(
     manager = PassManager(context, guard, None if replay is None else replay.stages)
     outcome = manager.run(original, steps)
     history.stages, history.node_map = outcome.stages, outcome.node_map
-    result = _finish(history, guard, original, outcome.model, context, judge=replay is None)
+    with collection_paused():
+        result = _finish(history, guard, original, outcome.model, context, judge=replay is None)
     history.seconds = time.perf_counter() - started
     _require(history, result, min_speedup, max_size)
     return result
@@ -181,7 +184,7 @@ def real_feeds(
 
 def _runs(model: Model, backend: Backend, feeds: Mapping[str, np.ndarray]) -> None:
     try:
-        backend.session(model, optimize=False).run(feeds)
+        plain_outputs(model, feeds, backend)
     except BadInput:
         raise
     except EffcError as error:
@@ -241,11 +244,12 @@ def _finish(
             f" {on_all.samples} {on_all.metric} is {on_all.points:.2f} ({-on_all.drop:+.2f})"
         )
     batch, dims = context.batch, context.dims
-    history.final = Snapshot(cost(final, batch, dims).total, stored_size(final), len(final.graph), accuracy)
-    deployment = context.backend.deployment(final, guard.feeds, context.threads)
-    history.fused, history.fell_back = dict(deployment.fused), dict(deployment.fell_back)
-    history.deployed_difference = deployment.difference
-    history.notes += deployment.notes
+    history.final = Snapshot(cost(reached, batch, dims).total, stored_size(reached), len(reached.graph), accuracy)
+    if guard.measure or quantised(reached):
+        deployment = context.backend.deployment(reached, guard.feeds, context.threads)
+        history.fused, history.fell_back = dict(deployment.fused), dict(deployment.fell_back)
+        history.deployed_difference = deployment.difference
+        history.notes += deployment.notes
     if not guard.measure:
         history.unproven.append("latency was not measured")
     if guard.evaluation is None and any(s.status == KEPT and not r.exact for s in history.stages for r in s.passes):

@@ -17,7 +17,7 @@ from effc.cost import cost
 from effc.errors import BadInput, EffcError, PassFailed
 from effc.guard import Guard
 from effc.history import KEPT, UNCHANGED, UNDONE, PassRecord, StageRecord, compose, ledger
-from effc.model import Model
+from effc.model import Model, collection_paused
 from effc.recipe import describe, format_calls
 from effc.search import Search
 from effc.stages import Attempt, Stage, stages
@@ -132,7 +132,8 @@ class PassManager:
         for number, step in enumerate(stage.passes):
             self.context.later = (*stage.passes[number + 1 :], *self._after_stage)
             given = None if chosen is None else list(chosen[number])
-            model, record, own, taken = self.apply(step, model, given)
+            with collection_paused():
+                model, record, own, taken = self.apply(step, model, given)
             node_map = compose(node_map, own)
             records.append(record)
             done.append(taken)

@@ -67,7 +67,7 @@ def test_the_history_tells_what_went_in_and_what_came_out():
     assert history.versions["onnxruntime"] and history.versions["effc"] == effc.__version__
     assert history.unproven == ["latency was not measured"]
     assert history.node_map["node_bn1"] == ("node_conv1",)
-    assert history.deployed_difference is not None and history.deployed_difference <= 1e-3
+    assert history.deployed_difference is None  # float, and nothing measured: not read back
 
 
 def test_the_size_told_is_that_of_the_file(tmp_path):
