@@ -26,6 +26,7 @@ from ._onnxruntime_graph import read_back
 
 SHAPES_BYTES = 1 << 16  # int64 weights up to this stay in the message: they may be shapes, which loading has to read
 FILE_BYTES = 1 << 20  # weights from this size on stay in their file, if they lie in one
+KEPT_BYTES = 1 << 24  # weights of a model up to which its message is kept for the next session
 FLAT_BYTES = 1 << 30  # weights of a model from which on reading it back keeps memory flat
 NO_PREPACKING = "session.disable_prepacking"
 FOLDER = "session.model_external_initializers_file_folder_path"
@@ -183,6 +184,8 @@ def _split(model: Model, expose: Sequence[str] = ()) -> tuple[onnx.ModelProto, d
             raise BadInput(f"no tensor is called {unknown!r}")
         return _split_anew(model, files, expose)
     key = ("onnxruntime message", frozenset(files))
+    if model.nbytes() > KEPT_BYTES:
+        return _split_anew(model, files, ())
     return model.cached(key, lambda: _split_anew(model, files, ()), for_clones=True)
 
 

@@ -9,6 +9,7 @@ from scipy.special import rel_entr
 
 from effc.statistics import Bins
 
+CHANNELS = 64  # rounded together
 TIES = 128  # weights of a channel that balanced rounding may turn
 CALIBRATORS = ("minmax", "percentile", "entropy", "mse")
 
@@ -169,7 +170,17 @@ def quantize_weight(
 
 def _balanced(codes: np.ndarray, exact: np.ndarray, mean: np.ndarray, axis: int, top: int) -> np.ndarray:
     """Round weights nearest to a tie the other way while that brings sum((code - weight) * mean) nearer to zero."""
-    q, u, m = (np.moveaxis(a, axis, 0).reshape(a.shape[axis], -1).copy() for a in (codes, exact, mean))
+    moved = np.moveaxis(codes, axis, 0)
+    result = np.empty_like(moved)
+    for start in range(0, len(moved), CHANNELS):  # some channels at a time: the copies below are many
+        part = slice(start, start + CHANNELS)
+        rows = (np.moveaxis(a, axis, 0)[part].reshape(len(moved[part]), -1) for a in (codes, exact, mean))
+        result[part] = _balanced_rows(*rows, top).reshape(moved[part].shape)
+    return np.moveaxis(result, 0, axis)
+
+
+def _balanced_rows(codes: np.ndarray, u: np.ndarray, m: np.ndarray, top: int) -> np.ndarray:
+    q = codes.copy()
     error = q - u
     other = np.clip(q + np.where(error > 0, -1.0, 1.0), -top, top)
     change = (other - q) * m
@@ -183,8 +194,7 @@ def _balanced(codes: np.ndarray, exact: np.ndarray, mean: np.ndarray, axis: int,
         better = np.abs(drift + step) < np.abs(drift)
         drift += np.where(better, step, 0.0)
         q[rows, column] = np.where(better, other[rows, column], q[rows, column])
-    moved = np.moveaxis(codes, axis, 0)
-    return np.moveaxis(q.reshape(moved.shape), 0, axis)
+    return q
 
 
 def _along(axis: int, rank: int) -> tuple[int, ...]:
