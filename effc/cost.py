@@ -1,4 +1,4 @@
-"""What a model costs: multiply-accumulates, parameters and weight bytes, per node and in all.
+"""What a model costs: multiply-accumulates, parameters, weights and traffic, per node and in all.
 
 MACs are those of convolutions and matrix products, the unit in which architectures are published; other operators
 count none. A node that the table lacks, or whose shape is not known, is reported as unknown.
@@ -12,22 +12,42 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from effc.model import STANDARD_DOMAINS, Model
+from effc.model import STANDARD_DOMAINS, Model, collection_paused
 from effc.table import OpTable
+from effc.traffic import VIEWS, Types, element_type, traffic
 
 Shapes = Mapping[str, tuple | None]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of some nodes: multiply-accumulates (for the stated batch), parameters, bytes of weights."""
+    """Cost of some nodes, for one inference of the stated batch.
+
+    Attributes:
+        macs: multiply-accumulates.
+        parameters: numbers that were trained.
+        weight_bytes: bytes in which weights are stored.
+        activation_bytes: bytes read and written that are no weights.
+        energy: joules; 0 where no target was given (`effc.energy`).
+        seconds: predicted latency; 0 where nothing was predicted.
+    """
 
     macs: int = 0
     parameters: int = 0
     weight_bytes: int = 0
+    activation_bytes: int = 0
+    energy: float = 0.0
+    seconds: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.macs + other.macs, self.parameters + other.parameters, self.weight_bytes + other.weight_bytes)
+        return Cost(
+            self.macs + other.macs,
+            self.parameters + other.parameters,
+            self.weight_bytes + other.weight_bytes,
+            self.activation_bytes + other.activation_bytes,
+            self.energy + other.energy,
+            self.seconds + other.seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -47,6 +67,9 @@ class ModelCost:
 
 macs: OpTable = OpTable("MACs")
 MATRIX_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
+INTEGER_OPS = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
+MOVES = VIEWS | {"Transpose"}  # between DequantizeLinear and a product: the codes are the same
+FAR = 4  # so many of them are looked through
 
 
 @macs.rule("Conv", "ConvInteger")
@@ -99,14 +122,52 @@ def _product(shapes: Shapes, value: ir.Value, per_element: int | None) -> int | 
     return None if shape is None or per_element is None else math.prod(shape) * per_element
 
 
+def operand_type(node: ir.Node, types: Types | None = None) -> str:
+    """Type of the numbers that a node multiplies: "float32", "float16", "int8", ...
+
+    Codes behind DequantizeLinear count as what they are when both factors are codes, and the wider of the two decides;
+    signed and unsigned ones count alike. A float activation makes it a float product, however the weight is stored.
+
+    Args:
+        types: element types by tensor name (`effc.traffic.element_types`); without them each call looks for itself,
+            which in a long chain of nodes without weights takes a walk along it. What is not known is "float32".
+    """
+    if node.op_type in INTEGER_OPS:
+        return "int8"
+    factors = [v for v in node.inputs[: 2 if node.op_type in MATRIX_OPS else 1] if v is not None]
+    widths = [_code_width(value, types) for value in factors]
+    if widths and None not in widths:
+        return f"int{max([4, *filter(None, widths)])}"
+    dtype = next((t for v in factors if (t := element_type(v, types)) is not None), ir.DataType.FLOAT)
+    named = {ir.DataType.FLOAT: "float32", ir.DataType.DOUBLE: "float64"}
+    return named.get(dtype, dtype.name.lower().removeprefix("u"))
+
+
+def _code_width(value: ir.Value | None, types: Types | None) -> int | None:
+    """Bits of the integer codes that a tensor is dequantised from, else None."""
+    for _ in range(FAR):
+        node = None if value is None else value.producer()
+        if node is None or node.domain not in STANDARD_DOMAINS:
+            return None
+        if node.op_type == "DequantizeLinear":
+            dtype = element_type(node.inputs[0], types)
+            return dtype.bitwidth if dtype is not None and dtype.is_integer() else None
+        if node.op_type not in MOVES:
+            return None
+        value = node.inputs[0]
+    return None
+
+
 def cost(model: Model, batch: int = 1, dims: Mapping[str, int] | None = None) -> ModelCost:
-    """MACs, parameters and weight bytes of a model at a stated batch."""
+    """MACs, parameters, weight and activation bytes of a model at a stated batch; each node is a kernel of its own."""
     key = ("cost", batch, tuple(sorted((dims or {}).items())))
     return model.cached(key, lambda: _cost(model, batch, dims or {}))
 
 
+@collection_paused()
 def _cost(model: Model, batch: int, dims: Mapping[str, int]) -> ModelCost:
     shapes = model.shapes(batch, dims)
+    moved = traffic(model, batch, dims)
     nodes, unknown = {}, dict(model.not_analysed())
     counted: set[ir.Value] = set()
     total = Cost()
@@ -116,9 +177,11 @@ def _cost(model: Model, batch: int, dims: Mapping[str, int]) -> ModelCost:
         if rule is not None:
             found = rule(node, shapes)
             if found is None:
-                unknown[node.name] = f"the shapes of {node.op_type} ({node.name}) are not known"
+                unknown[node.name] = f"the shapes of {node.op_type} are not known"
             count = found or 0
-        own = Cost(macs=count)
+        if moved[node.name].missing:
+            unknown.setdefault(node.name, f"the sizes of what {node.op_type} reads or writes are not known")
+        own = Cost(macs=count, activation_bytes=moved[node.name].activations)
         for value in node.inputs:
             if value is not None and value not in counted and value.is_initializer():
                 counted.add(value)

@@ -28,9 +28,15 @@ def infer(model: Model, batch: int | None, dims: Mapping[str, int]) -> dict[str,
     shapes = _read(proto.graph)
     # A node's output may be missing altogether, or be there with unknown dimensions.
     wanted = [v.name for node in model.graph for v in node.outputs if v.name]
-    if any(None in (shapes.get(name) or (None,)) for name in wanted) and len(wanted) < 5000:
+
+    def unknown(name: str) -> bool:
+        # With a batch stated, a symbol left is one that inference made up.
+        shape = shapes.get(name)
+        return shape is None or any(d is None or (batch is not None and isinstance(d, str)) for d in shape)
+
+    if any(map(unknown, wanted)) and len(wanted) < 5000:
         for name, shape in _symbolic(proto).items():
-            if shapes.get(name) is None or None in shapes[name]:
+            if unknown(name):
                 shapes[name] = shape
     for value in model.graph.initializers.values():
         shapes[value.name] = shape_tuple(value.shape)
