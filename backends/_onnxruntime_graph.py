@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
+from effc.kernels import FREE, Kernel
 from effc.model import STANDARD_DOMAINS, Model
 
 INTEGER_KERNELS = {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger"}  # of the standard domain
@@ -25,6 +26,12 @@ FUSES = {"Conv", "MatMul", "Gemm", "Add", "Mul", "AveragePool", "GlobalAveragePo
 WEIGHTED = {"Conv", "ConvTranspose", "MatMul", "Gemm"}  # their second input has to be quantised as well
 ACTIVATIONS = {"Relu", "Clip", "LeakyRelu", "Sigmoid", "HardSigmoid", "HardSwish", "Tanh", "Elu", "Gelu", "Swish"}
 MOVES = {"Transpose", "ReorderInput", "Identity", "Reshape"}  # layout changes that the runtime puts before a kernel
+LOWERED = "InsertedPrecisionFreeCast_"  # how names begin of what was lowered from float16 to float32
+# What a layer's kernel may do besides.
+PARTS = {
+    "QuantizeLinear", "Relu", "Clip", "BatchNormalization", "LeakyRelu", "Sigmoid", "Add", "Identity", "Dropout",
+}  # fmt: skip
+MOVED = ("Transpose", "Cast", FREE)  # where the runtime put them, others have computed what comes out
 EXTERNAL = "session.optimized_model_external_initializers_"
 
 Session = TypeVar("Session")
@@ -40,14 +47,8 @@ def read_back(
         load: makes a session with these options from the same model.
         options: as deployed.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimised.onnx"
-        options.optimized_model_filepath = str(path)
-        # Weights apart: they need not be read, and a message would end at 2 GiB.
-        options.add_session_config_entry(EXTERNAL + "file_name", "weights.bin")
-        options.add_session_config_entry(EXTERNAL + "min_size_in_bytes", "1024")
-        session = load(options)
-        graph = onnx.load(path, load_external_data=False).graph
+    session, optimised = optimised_graph(load, options)
+    graph = optimised.graph
     made = _Made(graph)
     fell_back = {}
     for node, after in _quantised(model):
@@ -55,6 +56,20 @@ def read_back(
         if found is not None and made.reads_float(found):
             fell_back[node.name] = f"still {node.op_type} in float: {_reason(model, node, after)}"
     return session, (dict(sorted(_kinds(graph).items())), fell_back, tuple(_notes(model, made)))
+
+
+def optimised_graph(
+    load: Callable[[ort.SessionOptions], Session], options: ort.SessionOptions
+) -> tuple[Session, onnx.ModelProto]:
+    """A session, and the graph that it runs; weights from 1 KiB on are left where they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimised.onnx"
+        options.optimized_model_filepath = str(path)
+        # Weights apart: they need not be read, and a message would end at 2 GiB.
+        options.add_session_config_entry(EXTERNAL + "file_name", "weights.bin")
+        options.add_session_config_entry(EXTERNAL + "min_size_in_bytes", "1024")
+        session = load(options)
+        return session, onnx.load(path, load_external_data=False)
 
 
 class _Made:
@@ -206,3 +221,42 @@ def _notes(model: Model, made: _Made) -> Iterator[str]:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def standing(model: Model, found: Sequence[Kernel]) -> dict[str, str]:
+    """Node of the model -> name of the kernel that does its work, alone or fused; "" where loading did it.
+
+    Kernels carry the name of a node that they stand for, or that of a tensor that they make.
+    """
+    nodes = {node.name for node in model.graph}
+    makers = {value.name: node.name for node in model.graph for value in node.outputs}
+    order = {kernel.name: place for place, kernel in enumerate(found)}
+    adding = {kernel.name for kernel in found if kernel.dims.get("sum") or "AddFusion" in kernel.name}
+    done: dict[str, str] = {}  # those first that kernels are named after
+    for kernel in found:
+        base = re.sub(r"_token_\d+$", "", kernel.name).removeprefix("fused ").split("/")[0]
+        base = base if kernel.kind == "Cast" else base.removeprefix(LOWERED)
+        node = base if base in nodes else makers.get(base.removesuffix("_nchwc"))
+        if node is not None:
+            done.setdefault(node, kernel.name)
+    made = [(makers[name], k) for k in found if "Reorder" not in k.kind for name in k.outputs if name in makers]
+    for node, kernel in made:
+        if kernel.kind not in MOVED:
+            done.setdefault(node, kernel.name)
+    ordered = list(model.graph)
+    # A layer's activation, quantiser and shortcut belong to it, where nothing else reads what comes between; what
+    # comes before a layer belongs to what reads it.
+    for node in ordered:
+        if node.name not in done and node.op_type in PARTS:
+            alone = [v for v in node.inputs if v is not None and len(v.uses()) == 1 and not v.is_graph_output()]
+            makes = [v.producer().name for v in alone if v.producer() is not None]
+            before = [name for n in makes if (name := done.get(n)) and (node.op_type != "Add" or name in adding)]
+            if before:
+                done[node.name] = max(before, key=order.__getitem__)  # of two ends, the one that comes later
+    for node, kernel in made:
+        done.setdefault(node, kernel.name)
+    for node in reversed(ordered):
+        if node.name not in done:
+            readers = [reader for value in node.outputs for reader, _ in value.uses()]
+            done[node.name] = next((done[r.name] for r in readers if done.get(r.name)), "")
+    return done

@@ -15,14 +15,17 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from effc.capture import load
+from effc.contract import Progress
 from effc.errors import BadInput, EffcError
+from effc.kernels import Kernel
 from effc.model import Model
 from effc.opset import ir_version_of
-from effc.runtime import Deployment
+from effc.runtime import Deployment, Timings
 from effc.save import SMALL_BYTES, message, reference
 from effc.verify import difference, plain_outputs
 
-from ._onnxruntime_graph import read_back
+from ._onnxruntime_graph import optimised_graph, read_back, standing
+from ._onnxruntime_kernels import kernels, tensors
 
 SHAPES_BYTES = 1 << 16  # int64 weights up to this stay in the message: they may be shapes, which loading has to read
 FILE_BYTES = 1 << 20  # weights from this size on stay in their file, if they lie in one
@@ -61,7 +64,7 @@ class OnnxRuntime:
         options = session_options(threads, optimize)
         if not isinstance(model, Model):
             return OnnxRuntimeSession(os.fspath(model), options, Path(model).name)
-        return _load(model, options, expose)
+        return load_session(model, options, expose)
 
     def emit(self, model: Model) -> None:
         """Set the file format version to one that the opset needs and the installed onnxruntime reads.
@@ -88,11 +91,36 @@ class OnnxRuntime:
         # Holding the feeds keeps their id theirs.
         return model.cached(key, lambda: (feeds, self._deploy(model, feeds, threads)), for_clones=True)[1]
 
+    def kernels(
+        self, model: Model, batch: int = 1, dims: Mapping[str, int] | None = None, threads: int = 1
+    ) -> tuple[tuple[Kernel, ...], dict[str, str]]:
+        """See `effc.runtime.Backend`. Remembered until the next edit."""
+        key = ("onnxruntime kernels", batch, tuple(sorted((dims or {}).items())))
+        return model.cached(key, lambda: self._lower(model, batch, dims or {}, threads), for_clones=True)
+
+    def calibrate(self, threads: int, seconds: float, progress: Progress) -> Timings:
+        """See `effc.runtime.Backend`."""
+        from ._onnxruntime_calibration import calibrate
+
+        return calibrate(threads, seconds, progress)
+
+    def _lower(
+        self, model: Model, batch: int, dims: Mapping[str, int], threads: int
+    ) -> tuple[tuple[Kernel, ...], dict[str, str]]:
+        options = session_options(threads)
+        options.add_session_config_entry(NO_PREPACKING, "1")  # the same kernels, sooner
+        _, optimised = optimised_graph(lambda o: load_session(model, o), options)
+        symbols = {d for info in model.inputs for d in info.shape or () if isinstance(d, str)}
+        sizes = {symbol: dims.get(symbol, batch) for symbol in symbols}
+        known = tensors(optimised, sizes, model.shapes(batch, dims), session_options(1, optimize=False))
+        found = kernels(optimised.graph, known)
+        return tuple(found), standing(model, found)
+
     def _deploy(self, model: Model, feeds: Mapping[str, np.ndarray] | None, threads: int) -> Deployment:
         options = session_options(threads)
         if model.nbytes() > FLAT_BYTES:
             options.add_session_config_entry(NO_PREPACKING, "1")  # the same kernels, without a copy of the weights
-        session, (fused, fell_back, notes) = read_back(model, lambda o: _load(model, o), options)
+        session, (fused, fell_back, notes) = read_back(model, lambda o: load_session(model, o), options)
         gap = None
         if feeds is not None:
             gap = difference(plain_outputs(model, feeds, self), session.run(feeds))
@@ -123,6 +151,10 @@ class OnnxRuntimeSession:
             raise EffcError(f"onnxruntime does not run {self._name}: {one_line(error)}") from error
         return dict(zip(self.outputs, results, strict=True))
 
+    def end_profiling(self) -> Path:
+        """The file with what the profiler saw, where the options asked for it."""
+        return Path(self._session.end_profiling())
+
 
 def session_options(threads: int = 1, optimize: bool = True) -> ort.SessionOptions:
     options = ort.SessionOptions()
@@ -136,7 +168,8 @@ def session_options(threads: int = 1, optimize: bool = True) -> ort.SessionOptio
     return options
 
 
-def _load(model: Model, options: ort.SessionOptions, expose: Sequence[str] = ()) -> OnnxRuntimeSession:
+def load_session(model: Model, options: ort.SessionOptions, expose: Sequence[str] = ()) -> OnnxRuntimeSession:
+    """A model of any size as a session; weights are handed over by address, or left in their files."""
     proto, weights = _split(model, expose)
     if files := _files(model):
         options.add_session_config_entry(FOLDER, _folder(files))

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from effc.kernels import Kernel
 from effc.model import Model
+from effc.target import Roof
+
+if TYPE_CHECKING:
+    from effc.contract import Progress
 
 
 class Session(Protocol):
@@ -35,6 +40,22 @@ class Deployment:
     fell_back: Mapping[str, str]
     difference: float | None = None
     notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Timings:
+    """What a number of threads was measured at.
+
+    Attributes:
+        samples: kernels and what each took, microseconds.
+        roof: best rates seen, and what any inference costs beside its nodes.
+        undisturbed, networks: how many networks ran undisturbed at times, and how many ran in all.
+    """
+
+    samples: Sequence[tuple[Kernel, float]]
+    roof: Roof
+    undisturbed: int = 0
+    networks: int = 0
 
 
 class Backend(Protocol):
@@ -66,4 +87,17 @@ class Backend(Protocol):
 
     def deployment(self, model: Model, feeds: Mapping[str, np.ndarray] | None = None, threads: int = 1) -> Deployment:
         """Read the runtime's optimised graph back; with feeds, compare its outputs with the plain graph's."""
+        ...
+
+    def kernels(
+        self, model: Model, batch: int = 1, dims: Mapping[str, int] | None = None, threads: int = 1
+    ) -> tuple[tuple[Kernel, ...], Mapping[str, str]]:
+        """What the runtime runs for a model: its kernels in order, and node -> name of the kernel that does its work.
+
+        A node whose work is done when the model is loaded maps to "".
+        """
+        ...
+
+    def calibrate(self, threads: int, seconds: float, progress: Progress) -> Timings:
+        """Measure kernels of this machine with so many threads, for so many seconds."""
         ...

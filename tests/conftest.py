@@ -1,0 +1,14 @@
+"""Tests run as on a machine that was never calibrated: its user's own target is neither read nor replaced."""
+
+import tempfile
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before tests are collected, and for the processes that they start as well."""
+    folder = tempfile.TemporaryDirectory(prefix="effc-tests-")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", folder.name)
+    config.add_cleanup(folder.cleanup)
+    config.add_cleanup(patch.undo)
