@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 import effc
-from effc import api, registry
-from effc.contract import no_progress
+from effc import api, cli_calibrate, cli_inspect, registry
+from effc.cli_options import Debug, Dims, Foreign, Quiet, TargetName, Threads, bars, sizes
 from effc.cost import cost
 from effc.data import open_data
 from effc.errors import BadInput, EffcError, RequirementNotMet
@@ -30,12 +27,8 @@ UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickE
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=effc.__doc__)
 
-Batch = Annotated[int | None, typer.Option(min=1, help="Samples an inference when measuring [default: 1]")]
-Threads = Annotated[int, typer.Option(min=1, help="Threads of the runtime")]
-Dims = Annotated[list[str] | None, typer.Option("--dim", help="Size of a symbolic dimension, name=value")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Samples an inference when measuring", show_default="1")]
 Evaluate = Annotated[str | None, typer.Option(help="Data to judge accuracy on: SPEC.yaml{key=value,...}")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
 
 
 @app.callback(invoke_without_command=True)
@@ -48,15 +41,16 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 @app.command()
 def optimize(
     model: Annotated[Path, typer.Argument(help="An .onnx file")],
-    passes: Annotated[str | None, typer.Option(help=f"Recipe [default: {api.DEFAULT_PASSES}]")] = None,
+    passes: Annotated[str | None, typer.Option(help="Recipe", show_default=api.DEFAULT_PASSES)] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe as a YAML file")] = None,
     calibrate: Annotated[str | None, typer.Option(help="Data to look at activations with")] = None,
     evaluate: Evaluate = None,
-    max_drop: Annotated[float | None, typer.Option(min=0, help="Points to lose at most [default: 1]")] = None,
+    max_drop: Annotated[float | None, typer.Option(min=0, help="Points to lose at most", show_default="1")] = None,
     min_speedup: Annotated[float | None, typer.Option(min=0, help="Required speed over the original")] = None,
     max_size: Annotated[float | None, typer.Option(min=0, help="Required size, a share of the original's")] = None,
     goal: Annotated[str, typer.Option(help="What must fall: " + ", ".join(api.GOALS))] = "latency",
-    target: Annotated[str | None, typer.Option(help="Runtime and device [default: this machine]")] = None,
+    target: TargetName = None,
+    foreign_target: Foreign = False,
     batch: Batch = None,
     threads: Threads = 1,
     dim: Dims = None,
@@ -64,7 +58,9 @@ def optimize(
     measure: Annotated[bool, typer.Option("--measure/--no-measure", help="Time models on the runtime")] = True,
     force: Annotated[bool, typer.Option("--force", help="Keep and write what does not pay")] = False,
     replay: Annotated[Path | None, typer.Option(help="Take over the decisions of this JSON report")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="[default: MODEL-effc.onnx]")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File to write", show_default="MODEL-effc.onnx")
+    ] = None,
     external: Annotated[bool, typer.Option("--external-data", help="Weights in a file of their own")] = False,
     json: Annotated[Path | None, typer.Option(help="Write the report here as JSON")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report here as one HTML page")] = None,
@@ -81,7 +77,7 @@ def optimize(
             _check_output(path, model)
     told = None if replay is None else History.from_json(_read(replay))
     unmet = None
-    with _bars(quiet) as progress:
+    with bars(quiet) as progress:
         try:
             result = api.optimize(
                 model,
@@ -93,8 +89,9 @@ def optimize(
                 max_size=max_size,
                 goal=goal,
                 target_name=target,
+                foreign_target=foreign_target,
                 batch=batch,
-                dims=_dims(dim),
+                dims=sizes(dim),
                 threads=threads,
                 measure=measure,
                 force=force,
@@ -133,12 +130,16 @@ def compare(
     debug: Debug = False,
 ) -> None:
     """Set two models beside each other: accuracy, agreement, size, MACs, latency measured in turns."""
-    with _bars(quiet) as progress:
-        before, after, latency = _compared(a, b, evaluate, batch, threads, _dims(dim), seed, progress)
+    with bars(quiet) as progress:
+        before, after, latency = _compared(a, b, evaluate, batch, threads, sizes(dim), seed, progress)
     table = Table("", a.name, b.name, "ratio")
     for row in totals(before, after, latency):
         table.add_row(*row)
     Console().print(table)
+
+
+app.command()(cli_inspect.inspect)
+app.command()(cli_calibrate.calibrate_target)
 
 
 @app.command()
@@ -190,16 +191,6 @@ def _shown(shape: tuple[int | str | None, ...] | None) -> str:
     return "of any rank" if shape is None else "x".join(str(d) if isinstance(d, int) else "?" for d in shape)
 
 
-def _dims(texts: list[str] | None) -> dict[str, int]:
-    dims = {}
-    for text in texts or ():
-        name, _, value = text.partition("=")
-        if not name or not value.isdigit() or int(value) < 1:
-            raise BadInput(f"--dim {text}: it takes name=value with a whole number, as in --dim sequence=128")
-        dims[name] = int(value)
-    return dims
-
-
 def _check_output(path: Path, model: Path) -> None:
     if not path.parent.is_dir():
         raise BadInput(f"the folder {path.parent} does not exist; make it first")
@@ -216,28 +207,12 @@ def _read(path: Path) -> bytes:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
 
 
-@contextmanager
-def _bars(quiet: bool) -> Iterator[Callable]:
-    """Progress bars on standard error, when a person is there to see them."""
-    if quiet or not sys.stderr.isatty():
-        yield no_progress
-        return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-
-        def start(what: str, total: int | None = None) -> Callable[[int], None]:
-            for finished in [task.id for task in bars.tasks]:
-                bars.remove_task(finished)
-            task = bars.add_task(what, total=total)
-            return lambda steps: bars.advance(task, steps)
-
-        yield start
-
-
 def main() -> None:
     """Run the command; every error is one line on standard error."""
     try:
-        app(standalone_mode=False)
+        # What typer ends by itself, it returns the status of: 130 for an interrupt.
+        if status := app(standalone_mode=False):
+            sys.exit(status)
     except typer.Abort:
         sys.exit(130)
     except (UsageError, EffcError) as error:

@@ -63,8 +63,7 @@ def save(
         external = copy.nbytes() > INLINE_LIMIT
     try:
         previous = _own_data(path)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            written = Path(folder) / path.name
+        with _beside(path) as written:
             data = _write(copy, written, external)
             _check(written, backend)
             _move(written, path, data)
@@ -72,6 +71,23 @@ def save(
         raise BadInput(f"{path} cannot be written: {_said(error)}") from error
     with contextlib.suppress(OSError):  # the model is written; what is left over does no harm
         _remove_unused_data(model, path, previous - ({path.with_name(data.name)} if data else set()))
+    return path
+
+
+def save_text(text: str, path: str | os.PathLike) -> Path:
+    """Write a file in one step; one that is there already is replaced on success only.
+
+    Raises:
+        BadInput: the folder does not exist or cannot be written, or the path is that of a folder.
+    """
+    path = Path(os.path.realpath(path))
+    check_place(path)
+    try:
+        with _beside(path) as written:
+            written.write_text(text, encoding="utf-8")
+            _move(written, path, None)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written: {_said(error)}") from error
     return path
 
 
@@ -136,15 +152,27 @@ def _in_memory(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """Where to write what is to stand at `path`; what was not moved there is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        yield Path(folder) / path.name
+
+
 def _check_destination(model: Model, path: Path) -> None:
+    check_place(path)
+    if any(Path(os.path.realpath(file)) == path for file in _sources(model)):
+        raise BadInput(f"{path} holds weights of {model.name}; choose another name")
+
+
+def check_place(path: Path) -> None:
+    """Whether a file can stand there. Raises BadInput."""
     if path.is_dir():
         raise BadInput(f"{path} is a folder; name the file to write")
     if not path.parent.is_dir():
         raise BadInput(f"{path.parent} does not exist; make the folder first")
     if path.exists() and not path.is_file():
         raise BadInput(f"{path} is not a regular file")
-    if any(Path(os.path.realpath(file)) == path for file in _sources(model)):
-        raise BadInput(f"{path} holds weights of {model.name}; choose another name")
 
 
 def _sources(model: Model) -> set[str]:

@@ -1,10 +1,13 @@
 """effc.cli: exit status, the one line of each error, and which files are there afterwards."""
 
+import csv
+import io
 import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,13 +18,21 @@ from onnx.external_data_helper import convert_model_to_external_data
 
 import effc
 import effc.guard
-from effc import cli
+from effc import cli, cli_calibrate, cli_inspect, target
+from effc.calibrate import SECONDS
 from effc.history import History
+from effc.kernels import COMMON, ELEMENTS, describe
 from effc.measure import Latency
+from effc.model import Model
+from effc.predict import ROOFLINE, Estimate, Prediction
+from effc.regression import Hyper
+from effc.target import MEASURED, Roof, Samples, Target, find, processor
+from effc.targetfile import to_json
 from tests import networks
 from tests.networks import distance, feeds, run
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
+ADD = dict.fromkeys((*ELEMENTS, *COMMON), 1.0)  # a kernel's dimensions
 
 
 class Said(NamedTuple):
@@ -151,7 +162,7 @@ def test_an_input_that_is_no_sound_model(command, name):
         (["--passes", "int8{"], ["cannot read 'int8{': found the end at column 6"]),
         (["--passes", "int8", "--recipe", "r.yaml"], ["give --passes or --recipe, not both"]),
         (["--recipe", "r.yaml"], ["cannot read the recipe 'r.yaml'"]),
-        (["--goal", "speed"], ["unknown goal 'speed'; there are latency, size, macs"]),
+        (["--goal", "speed"], ["unknown goal 'speed'; there are latency, size, energy, macs"]),
         (["--target", "tpu"], ["unknown target 'tpu'"]),
         (["--max-drop", "1"], ["a largest drop needs evaluation data: give --evaluate SPEC"]),
         (["--passes", "int8{max_drop=1}"], ["max_drop needs evaluation data: give --evaluate SPEC"]),
@@ -308,6 +319,234 @@ def test_comparing_sets_two_models_beside_each_other(command, model, ratio):
     assert re.search(r"agreement on 20\W+100\.00\W+100\.00", said.out)
     refused(command("compare", model, "none.onnx"), "none.onnx does not exist")
     refused(command("compare", model, "other.onnx"), "different inputs and cannot be compared: input float32 ?x3x")
+
+
+@pytest.fixture
+def predicted(monkeypatch) -> list[dict]:
+    """Every node takes a microsecond; what was asked is kept."""
+    asked = []
+
+    def fake(model: Model, target: Target, **options) -> Prediction:
+        asked.append({"model": model.name, "target": target.name, **options})
+        nodes = {node.name: Estimate(1e-6, 0.2, ROOFLINE) for node in model.graph}
+        return Prediction(Estimate(1e-6 * len(nodes) + 1e-5, 0.2, ROOFLINE), nodes)
+
+    monkeypatch.setattr(cli_inspect, "predict", fake)
+    return asked
+
+
+def test_inspecting_tells_where_the_time_goes(command, model, predicted, monkeypatch):
+    said = command("inspect", model, "--target", "onnxruntime-avx2", "--batch", "4", "--threads", "2")
+    assert (said.status, said.error) == (0, "")
+    assert said.out.startswith("plain on onnxruntime-avx2 (published), batch 4, 2 threads")
+    assert re.search(r"node_conv2 +Conv +4x16x6x6 +166k", said.out)
+    assert re.search(r"total +622k +3\.88k +15\.5kB", said.out)
+    (asked,) = predicted
+    assert (asked["model"], asked["batch"], asked["threads"], asked["dims"]) == ("plain", 4, 2, {})
+    assert asked["backend"].name == "onnxruntime"
+    monkeypatch.delenv("COLUMNS")  # a pipe: rich would take 80
+    said = command("inspect", model, "--target", "tensorrt-a100", "--top", "3")
+    assert said.status == 0 and predicted[1]["backend"] is None
+    assert re.search(r"and \d+ more, \d+% of the time; --top 0 shows all", said.out)
+    assert 80 < max(len(line.rstrip()) for line in said.out.splitlines()) <= 120
+    assert files() == {"plain.onnx"}
+
+
+def test_inspecting_for_programs(command, model, predicted):
+    said = command("inspect", model, "--json")
+    data = json.loads(said.out)
+    assert (said.status, said.error) == (0, "")
+    assert (data["model"], data["batch"], data["totals"]["nodes"], len(data["layers"])) == ("plain", 1, 11, 11)
+    assert data["totals"]["macs"] == sum(layer["macs"] for layer in data["layers"]) == 155_600
+    rows = list(csv.DictReader(io.StringIO(command("inspect", model, "--csv").out)))
+    assert sum(int(row["macs"] or 0) for row in rows) == 155_600
+    assert len(json.loads(command("inspect", model, "--json", "--top", "2").out)["layers"]) == 2
+
+
+def test_inspecting_with_the_runtime_at_hand(command, model):
+    """Nothing made up: each node has its own time, is part of another's kernel, or has nothing left to do."""
+    said = command("inspect", model, "--target", "onnxruntime-avx2", "--json")
+    assert (said.status, said.error) == (0, "")
+    data = json.loads(said.out)
+    layers = {layer["name"]: layer for layer in data["layers"]}
+    assert layers["node_bn1"]["fused_into"] == "node_conv1" and "Relu" in layers["node_conv1"]["fuses"]
+    told = [row["predicted_seconds"] or 0 for row in (*data["layers"], *data["added"])]
+    assert sum(told) == pytest.approx(data["totals"]["predicted_seconds"], rel=1e-6, abs=0)
+    assert data["totals"]["macs"] == 155_600 and not data["unknown"]
+    bare = json.loads(command("inspect", model, "--target", "tensorrt-a100", "--json").out)
+    assert bare["totals"]["basis"] == "roofline" and bare["totals"]["macs"] == 155_600
+
+
+def test_inspecting_two_models(command, model, predicted):
+    onnx.save(networks.residual(), "residual.onnx")
+    said = command("inspect", model, "residual.onnx")
+    assert said.status == 0 and re.search(r"nodes +11 +\d+", said.out) and "gone" in said.out and "new" in said.out
+    data = json.loads(command("inspect", model, "residual.onnx", "--json").out)
+    assert data["models"] == ["plain", "residual"] and len(data["totals"]) == 2
+    assert command("inspect", model, "residual.onnx", "--csv").out.startswith(
+        "name,status,difference_seconds,a_op,b_op"
+    )
+
+
+def test_inspecting_what_training_takes(command, model, predicted):
+    """1.3 G parameters on 26 G tokens: 2.03e20 operations, of which an A100 reaches 0.21 of 312 T a second."""
+    plan = ["--training", "--utilisation", "0.21", "--target", "tensorrt-a100"]
+    said = command("inspect", *plan, "--parameters", "1.3e9", "--tokens", "26e9", "--devices", "256", "--price", "2.33")
+    assert (said.status, said.error, predicted) == (0, "", [])
+    assert re.search(r"2\.03e\+20 +859\.8 +0\.14 +\$2,003\.31", said.out)
+    said = command("inspect", model, *plan, "--samples", "1e6", "--batch", "4", "--json")
+    found = json.loads(said.out)["training"]
+    assert found["flops"] == 6 * 155_600 * 1e6 and found["dollars"] is None
+    assert found["peak_flops_per_second"] == 3.12e14
+    assert found["device_hours"] == pytest.approx(found["flops"] / (3.12e14 * 0.21) / 3600, rel=1e-12, abs=0)
+    said = command("inspect", model, *plan, "--tokens", "1e6", "--peak", "1e12")
+    assert said.status == 0 and f"{6 * 3_877 * 1e6:.3g}" in said.out and "at 21% of 1TFLOP/s, 1 device" in said.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "an .onnx file is needed, or --training with --parameters and --tokens"),
+        (["none.onnx"], "none.onnx does not exist"),
+        (["plain.onnx", "none.onnx"], "none.onnx does not exist"),
+        (["plain.onnx", "--json", "--csv"], "give --json or --csv, not both"),
+        (["plain.onnx", "--target", "abacus"], "unknown target 'abacus'; there are onnxruntime-avx2"),
+        (["plain.onnx", "--dim", "T=4"], "the model has no dimension 'T'; its dynamic dimensions are N"),
+        (["plain.onnx", "--dim", "T"], "--dim T: it takes name=value"),
+        (["plain.onnx", "--top", "-1"], "--top"),
+        (["plain.onnx", "--samples", "3"], "--samples belongs to --training; give that too"),
+        (["plain.onnx", "--training", "--samples", "3"], "--training needs --utilisation"),
+        (["plain.onnx", "--training", "--utilisation", "0.3"], "--training needs --samples"),
+        (["--training", "--utilisation", "0.3", "--samples", "9"], "without a model needs --parameters and --tokens"),
+        (["--training", "--utilisation", "0.3", "--tokens", "9"], "without a model needs --parameters and --tokens"),
+        (["--training", "--utilisation", "3", "--tokens", "9", "--parameters", "9"], "a utilisation of 3 cannot be"),
+        (
+            ["plain.onnx", "--training", "--utilisation", "0.3", "--tokens", "9", "--parameters", "9"],
+            "the model's own parameters are counted: leave out --parameters or the model",
+        ),
+        (
+            ["plain.onnx", "plain.onnx", "--training", "--utilisation", "0.3", "--tokens", "9"],
+            "--training takes one model",
+        ),
+    ],
+)
+def test_inspecting_refuses_what_makes_no_sense(command, model, predicted, arguments, words):
+    refused(command("inspect", *arguments), words)
+
+
+@pytest.fixture
+def elsewhere():
+    """Writes target files as other machines would have measured them: afar.json, old.json."""
+    here = replace(find("onnxruntime-avx2"), origin=MEASURED, processor=processor(), runtime_version="1.0")
+    Path("afar.json").write_text(to_json(replace(here, name="afar", processor="another")))
+    Path("old.json").write_text(to_json(replace(here, name="old")))
+
+
+def test_inspecting_with_a_target_measured_elsewhere(command, model, elsewhere, predicted):
+    refused(command("inspect", model, "--target", "afar.json"), "was measured on 'another'", "--foreign-target")
+    refused(command("inspect", model, "--target", "old.json"), "with onnxruntime 1.0, and this is", "--foreign-target")
+    said = command("inspect", model, "--target", "afar.json", "--foreign-target")
+    assert said.status == 0 and "plain on afar (measured)" in said.out
+
+
+def test_optimizing_for_a_target_measured_elsewhere(command, model, elsewhere):
+    arguments = "optimize", model, "--passes", "fold-batchnorm", "--target"
+    before = files()
+    refused(command(*arguments, "afar.json"), "was measured on 'another'", "--foreign-target")
+    refused(command(*arguments, "old.json"), "with onnxruntime 1.0, and this is", "--foreign-target")
+    refused(command(*arguments, "afar.json", "--foreign-target", "--min-speedup", "2"), "no speed can be measured")
+    assert files() == before
+    said = command(*arguments, "afar.json", "--foreign-target", "--json", "r.json")
+    assert (said.status, said.error) == (0, "") and "written: plain-effc.onnx" in said.out
+    told = History.from_json(Path("r.json").read_bytes())
+    assert (told.target, told.latency) == ("afar", None)
+    assert "latency was not measured: target 'afar' is another machine's" in told.unproven
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path) -> list[float]:
+    """The machine is measured in no time, and its folder for caches is an empty one; for how long was asked is kept."""
+    asked = []
+    samples = Samples((*ADD, "us"), ((*ADD.values(), 1.0),) * 3, Hyper((1.0,) * len(describe(ADD, 4)[0])))
+
+    def fake(backend, *, seconds, progress):
+        assert backend.name == "onnxruntime"
+        asked.append(seconds)
+        progress("calibrating", 1)(1)
+        here = replace(find("onnxruntime-avx2"), name="mine", origin=MEASURED, processor=processor(), source="just now")
+        one = Roof({"float32": 81.25e9, "int8": 2.5e11}, bandwidth=2e10)
+        roofs, kernels = {1: one, 2: Roof({"float32": 1.5e11}, 3e10)}, {1: {"Add": samples, "Mul": samples}}
+        return replace(here, runtime_version=backend.version(), roofs=roofs, kernels=kernels)
+
+    monkeypatch.setattr(cli_calibrate, "calibrate", fake)
+    monkeypatch.setattr(target, "calibrated_file", lambda: tmp_path / "cache" / "effc" / "target.json")
+    monkeypatch.setattr(cli_calibrate, "calibrated_file", target.calibrated_file)
+    return asked
+
+
+def test_calibrating_is_for_all_that_follows(command, model, measured, predicted):
+    kept = target.calibrated_file()
+    said = command("calibrate-target")
+    assert (said.status, said.error, measured) == (0, "", [SECONDS])
+    assert f"written: {kept}" in said.out and "effc inspect and effc optimize use it from now on" in said.out
+    assert re.search(r"1 +│ +81\.2 +│ +250\.0 +│ +20\.0 +│ +6 +│ +2", said.out)
+    assert re.search(r"2 +│ +150\.0 +│ +│ +30\.0 +│ +0 +│ +0", said.out)
+    assert f"{processor()}; onnxruntime " in said.out and "just now" in said.out and "less sure" not in said.out
+    assert [path.name for path in kept.parent.iterdir()] == ["target.json"] and files() == {"plain.onnx"}
+    assert "plain on mine (measured)" in command("inspect", model).out
+    assert command("optimize", model, "--passes", "simplify", "--no-measure", "--json", "r.json").status == 0
+    assert History.from_json(Path("r.json").read_bytes()).target == "mine"
+
+
+def test_calibrating_into_a_file(command, model, measured, predicted):
+    Path("mine.json").write_text("old")
+    said = command("calibrate-target", "-o", "mine.json", "--seconds", "20")
+    assert (said.status, measured) == (0, [20.0])
+    assert "measured for 20 s, not 255: predictions will be less sure than they could be" in said.out
+    assert "use it with --target mine.json" in said.out and not target.calibrated_file().exists()
+    assert find("mine.json").local and files() == {"plain.onnx", "mine.json"}
+    assert "plain on mine (measured)" in command("inspect", model, "--target", "mine.json").out
+    assert command("calibrate-target", "-o", "mine.json", "--quiet") == Said(0, "", "")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), effc.EffcError("no such luck")])
+def test_calibrating_that_ends_early_leaves_what_was_there(command, measured, monkeypatch, error):
+    def broken(*arguments, **options):
+        raise error
+
+    Path("mine.json").write_text("old")
+    if isinstance(error, KeyboardInterrupt):
+        monkeypatch.setattr(os, "replace", broken)  # the new file is written, and not in its place yet
+    else:
+        monkeypatch.setattr(cli_calibrate, "calibrate", broken)
+    said = command("calibrate-target", "-o", "mine.json")
+    assert said.status == (130 if isinstance(error, KeyboardInterrupt) else 1) and "written" not in said.out
+    assert Path("mine.json").read_text() == "old" and files() == {"mine.json"}
+    assert command("calibrate-target").status == said.status
+    assert not target.calibrated_file().exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-o", "nowhere/t.json"], "nowhere does not exist; make the folder first"),
+        (["-o", "."], "is a folder; name the file to write"),
+        (["--seconds", "0.5"], "--seconds 0.5: it takes at least 1; 255 is usual"),
+        (["--seconds", "nan"], "--seconds nan: it takes at least 1"),
+        (["--seconds", "inf"], "--seconds inf: it takes at least 1"),
+        (["--seconds", "many"], "Invalid value for '--seconds'"),
+        (["t.json"], "unexpected extra argument"),
+    ],
+)
+def test_calibrating_refuses_what_makes_no_sense(command, measured, arguments, words):
+    refused(command("calibrate-target", *arguments), words)
+    assert measured == [] and files() == set()
+
+
+def test_calibrating_where_nothing_can_be_kept(command, measured, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    refused(command("calibrate-target"), "cannot be made: Not a directory; choose a file with -o")
+    assert measured == []
 
 
 def test_passes_are_listed_with_their_options(command):
