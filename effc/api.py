@@ -14,7 +14,7 @@ import onnx
 import onnx_ir as ir
 
 import effc
-from effc import edit, registry, target
+from effc import choose, edit, registry, target
 from effc.capture import from_proto, load
 from effc.contract import Context, Pass, Progress, no_progress
 from effc.cost import cost
@@ -33,7 +33,7 @@ from effc.verify import plain_outputs
 Spec = str | Path | Mapping[str, Any] | DataSpec | Data
 DEFAULT_PASSES = "simplify,fold-batchnorm,int8"
 DEFAULT_MAX_DROP = 1.0  # points, with labelled evaluation data
-GOALS = ("latency", "size", "macs")
+GOALS = tuple(choose.GOALS)
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ def optimize(
     max_size: float | None = None,
     goal: str = "latency",
     target_name: str | None = None,
+    foreign_target: bool = False,
     batch: int | None = None,
     dims: Mapping[str, int] | None = None,
     threads: int = 1,
@@ -74,8 +75,11 @@ def optimize(
         max_drop: points of the metric that may be lost; with labelled evaluation data 1 unless given.
         min_speedup: required speed of the result over the original, as measured.
         max_size: required size of the result, as a share of the original's.
-        goal: what the guard judges rewrites by: "latency", "size" or "macs".
-        target_name: what to optimise for; None means onnxruntime on this processor.
+        goal: what the guard judges rewrites by, unless a pass's own budget says else: "latency", "size", "energy" or
+            "macs".
+        target_name: what to optimise for, by name or as a file; None means onnxruntime on this processor. Where this
+            machine is no such device, nothing is timed, and the prediction decides.
+        foreign_target: accept a file that was measured on another machine.
         batch, dims, threads: what to measure at; `dims` gives symbolic dimensions but the batch their sizes. A batch
             of None is the model's own where it is fixed, else 1.
         measure: False times nothing; the record calls the result unproven.
@@ -96,7 +100,9 @@ def optimize(
         raise BadInput("a largest drop needs evaluation data: give --evaluate SPEC (Python: evaluate=...)")
     original = as_model(model)
     steps = build(parse(passes)) if isinstance(passes, str) else tuple(passes)
-    aim = target.find(target_name)
+    aim = target.find(target_name, foreign=foreign_target)
+    if min_speedup is not None and not aim.local:
+        raise BadInput(f"target {aim.name!r} is another machine's: no speed can be measured; leave out --min-speedup")
     backend = registry.backend(aim.runtime)
     batch = original.batch or 1 if batch is None else batch
     calibration, evaluation = (None if s is None else open_data(s).for_model(original) for s in (calibrate, evaluate))
@@ -109,6 +115,7 @@ def optimize(
         target=aim,
         backend=backend,
         calibration=calibration,
+        goal=goal,
         batch=batch,
         dims=dims or {},
         threads=threads,
@@ -120,6 +127,7 @@ def optimize(
         backend=backend,
         feeds=feeds,
         goal=goal,
+        context=context,
         evaluation=evaluation,
         max_drop=max_drop,
         force=force,
@@ -147,7 +155,8 @@ def optimize(
         data=data,
         original=before,
         final=before,
-        notes=[*original.notes, *_data_notes(calibration, evaluation)],
+        notes=[*original.notes, *_target_notes(aim), *_data_notes(calibration, evaluation)],
+        origin=aim.origin,
     )
     manager = PassManager(context, guard, None if replay is None else replay.stages)
     outcome = manager.run(original, steps)
@@ -201,6 +210,11 @@ def _versions(backend: Backend) -> dict[str, str]:
     }
 
 
+def _target_notes(aim: target.Target) -> list[str]:
+    told = f"target {aim.name}: {aim.origin} figures" + (f", {aim.source}" if aim.source else "")
+    return [told, *([aim.remark] if aim.remark else [])]
+
+
 def _data_notes(calibration: Data | None, evaluation: Data | None) -> list[str]:
     if calibration is None or evaluation is None:
         return []
@@ -219,18 +233,17 @@ def _finish(
     changed = reached.revision != original.revision
     if guard.evaluation is not None:
         history.original.accuracy = guard.accuracy(original)
-    if changed and guard.measure:
+    if changed and guard.clock:
         history.latency = _only_latency(history, original) or guard.latency(original.file or original, reached)
         if judge and history.latency.slower and guard.goal == "latency" and not guard.force:
-            # Each stage may lose up to the noise; together they must not.
-            for stage in history.stages:
-                if stage.status == KEPT:
-                    stage.status, stage.cause = UNDONE, "goal"
-                    stage.reason = f"the whole is slower than the original: {history.latency.describe()}"
-                    for record in stage.passes:
-                        record.status, record.reason = UNDONE, stage.reason
-            reached, changed, history.latency = original, False, None
-            history.node_map = {node.name: (node.name,) for node in original.graph}
+            # Each stage may lose up to the noise; together they must not, unless one is there for something else.
+            reason = f"the whole is slower than the original: {history.latency.describe()}"
+            if all(stage.goals == ("latency",) for stage in history.stages if stage.status == KEPT):
+                _undo(history, reason)
+                reached, changed, history.latency = original, False, None
+                history.node_map = {node.name: (node.name,) for node in original.graph}
+            else:
+                history.unproven.append(f"kept for the budgets of its passes, though {reason}")
     final = reached.clone()
     context.backend.emit(final)
     if changed:
@@ -243,19 +256,42 @@ def _finish(
             f"accuracy is reported on the {accuracy.samples} evaluation samples that did not serve for choosing; on all"
             f" {on_all.samples} {on_all.metric} is {on_all.points:.2f} ({-on_all.drop:+.2f})"
         )
-    batch, dims = context.batch, context.dims
-    history.final = Snapshot(cost(reached, batch, dims).total, stored_size(reached), len(reached.graph), accuracy)
-    if guard.measure or quantised(reached):
+    total = cost(reached, context.batch, context.dims).total
+    if not context.large or guard.goal == "energy" or any(stage.predicted for stage in history.stages):
+        history.original.cost, total = (context.costs(m).total for m in (original, reached))
+        history.predicted = guard.predicted(original, reached)
+        history.notes += _not_predicted(reached, context)
+    history.final = Snapshot(total, stored_size(reached), len(reached.graph), accuracy)
+    if guard.clock or quantised(reached):
         deployment = context.backend.deployment(reached, guard.feeds, context.threads)
         history.fused, history.fell_back = dict(deployment.fused), dict(deployment.fell_back)
         history.deployed_difference = deployment.difference
         history.notes += deployment.notes
-    if not guard.measure:
-        history.unproven.append("latency was not measured")
+    if not guard.clock:
+        why = f": target {context.target.name!r} is another machine's" if guard.measure else ""
+        history.unproven.append(f"latency was not measured{why}")
     if guard.evaluation is None and any(s.status == KEPT and not r.exact for s in history.stages for r in s.passes):
         history.unproven.append("nothing is known about accuracy: no evaluation data were given")
     history.unproven += [text for stage in history.stages for text in stage.unproven if text not in history.unproven]
     return Result(final, history)
+
+
+def _not_predicted(model: Model, context: Context) -> list[str]:
+    if context.foresee(model) is not None or (context.large and context.goal != "latency"):
+        return []
+    try:
+        context.predict(model)
+    except EffcError as error:
+        return [f"latency is not predicted: {error}"]
+    return []
+
+
+def _undo(history: History, reason: str) -> None:
+    for stage in history.stages:
+        if stage.status == KEPT:
+            stage.status, stage.cause, stage.reason = UNDONE, "goal", reason
+            for record in stage.passes:
+                record.status, record.reason = UNDONE, reason
 
 
 def _only_latency(history: History, original: Model) -> Latency | None:

@@ -1,19 +1,26 @@
 """Which proposals to take: at most one a site, under the pass's budget.
 
-A budget on MACs or bytes is a multiple-choice knapsack. It is solved greedily over the convex hull of each site's
-alternatives, cheapest damage per unit saved first (Sinha and Zoltners, 1979): within one step of the optimum.
+A budget is a multiple-choice knapsack. It is solved greedily over the convex hull of each site's alternatives,
+cheapest damage per unit saved first (Sinha and Zoltners, 1979): within one step of the optimum. Several budgets are
+weighed against each other until all hold (a Lagrangian relaxation, its multipliers found by trying).
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from effc.contract import Proposal
 from effc.cost import Cost
 
-QUANTITIES = {"macs": "macs", "size": "weight_bytes"}
+# Budget -> the attribute of Cost that it bounds, and the goal that a pass with this budget is judged by.
+QUANTITIES = {"macs": "macs", "size": "weight_bytes", "speedup": "seconds", "energy": "energy"}
+JUDGED_BY = {"macs": "macs", "size": "size", "speedup": "latency", "energy": "energy"}
+GOALS = {"latency": "seconds", "size": "weight_bytes", "energy": "energy", "macs": "macs"}
+PREDICTED = ("seconds", "energy")  # 0 means: not known
+ROUNDS = 24
+ROUNDING = 1e-9
 
 
 def choose(proposals: Sequence[Proposal], budget: Mapping[str, float], total: Cost) -> list[Proposal]:
@@ -21,67 +28,183 @@ def choose(proposals: Sequence[Proposal], budget: Mapping[str, float], total: Co
 
     Args:
         proposals: all alternatives of all sites; a pass's own preference stands first among those of a site.
-        budget: `macs` or `size`: share of the total to keep at most. Empty: each site's first alternative. (The
-            budget `max_drop` is held by evaluation along `by_worth`, which is the manager's business.)
+        budget: `macs`, `size` or `energy`: share of the total to keep at most; `speedup`: the total's seconds over
+            what is left at most. With several, all have to hold. Empty: each site's first alternative. (The budget
+            `max_drop` is held by evaluation along `by_worth`, which is the manager's business.)
         total: cost of the whole model.
 
     Returns:
-        At most one proposal a site, in the order of `proposals`. All that there is when the budget is out of reach.
+        At most one proposal a site, in the order of `proposals`. Where a budget is out of reach, what comes nearest.
     """
     sites = _by_site(proposals)
-    kept = [(QUANTITIES[name], share) for name, share in budget.items() if name in QUANTITIES]
-    if not kept:
+    if not QUANTITIES.keys() & budget.keys():
         return [alternatives[0] for alternatives in sites.values()]
-    taken: dict[str, Proposal] = {}
-    for quantity, share in kept:
-        whole = getattr(total, quantity)
-        _spend(sites, quantity, whole - share * whole, taken)
+    wanted = {QUANTITIES[name]: amount for name, amount in _wanted(budget, total).items() if amount > 0}
+    taken = _together(sites, wanted) if len(wanted) > 1 else _spend(sites, wanted, dict.fromkeys(wanted, 1.0))
     return [p for p in proposals if taken.get(p.site) is p]
 
 
-def _spend(sites: Mapping[str, list[Proposal]], quantity: str, wanted: float, taken: dict[str, Proposal]) -> None:
-    """Take steps along the hulls, best first, until `wanted` is saved."""
-    saved = sum(saving(p, quantity) for p in taken.values())
+def unreached(chosen: Sequence[Proposal], budget: Mapping[str, float], total: Cost) -> dict[str, float]:
+    """Budgets that a choice is predicted to miss -> what it reaches: shares kept, and times as fast."""
+    missed = {}
+    for name, amount in _wanted(budget, total).items():
+        whole, saved = getattr(total, QUANTITIES[name]), sum(saving(p, QUANTITIES[name]) for p in chosen)
+        if saved < amount - ROUNDING * whole:
+            left = (whole - saved) / whole
+            missed[name] = 1 / left if name == "speedup" else left
+    return missed
+
+
+def _wanted(budget: Mapping[str, float], total: Cost) -> dict[str, float]:
+    """How much of its quantity each budget wants saved."""
+    shares = {n: 1 / b if n == "speedup" else b for n, b in budget.items() if n in QUANTITIES}
+    return {n: (whole := getattr(total, QUANTITIES[n])) - share * whole for n, share in shares.items()}
+
+
+def _spend(
+    sites: Mapping[str, list[Proposal]], wanted: Mapping[str, float], weights: Mapping[str, float]
+) -> dict[str, Proposal]:
+    """Take steps along the hulls, best first, until all that is wanted is saved; by site."""
+    taken: dict[str, Proposal] = {}
+    saved = dict.fromkeys(wanted, 0.0)
     heap = []
     for number, (site, alternatives) in enumerate(sites.items()):
-        steps = _hull([p for p in alternatives if saving(p, quantity) > 0], quantity)
-        steps = [p for p in steps if site not in taken or saving(p, quantity) > saving(taken[site], quantity)]
-        if steps:
-            heapq.heappush(heap, (_slope(taken.get(site), steps[0], quantity), number, site, steps))
-    while heap and saved < wanted:
+        if steps := _hull([p for p in alternatives if _gain(p, weights) > 0], weights):
+            heapq.heappush(heap, (_slope(None, steps[0], weights), number, site, steps))
+    while heap and any(saved[quantity] < amount for quantity, amount in wanted.items()):
         _, number, site, steps = heapq.heappop(heap)
         before = taken.get(site)
-        saved += saving(steps[0], quantity) - (saving(before, quantity) if before else 0.0)
+        for quantity in wanted:
+            saved[quantity] += _step(before, steps[0], quantity)
         taken[site] = steps[0]
         if steps[1:]:
-            heapq.heappush(heap, (_slope(steps[0], steps[1], quantity), number, site, steps[1:]))
+            heapq.heappush(heap, (_slope(steps[0], steps[1], weights), number, site, steps[1:]))
+    return taken
 
 
-def _hull(alternatives: Sequence[Proposal], quantity: str) -> list[Proposal]:
-    """The alternatives on the lower convex hull of damage over saving, by rising saving."""
+def _together(sites: Mapping[str, list[Proposal]], wanted: Mapping[str, float]) -> dict[str, Proposal]:
+    """For several budgets: what is short counts more in the next round, what holds most amply less."""
+    weights = {quantity: 1 / amount for quantity, amount in wanted.items()}
+    best, least = {}, None
+    for _ in range(ROUNDS):
+        taken = _spend(sites, wanted, weights)
+        saved = _saved(taken.values(), wanted)
+        short = _short(saved, wanted)
+        rank = sum(short.values()), sum(p.damage or 0.0 for p in taken.values())
+        if least is None or rank < least:
+            best, least = taken, rank
+        if short:
+            weights = {q: w * (2 if q in short else 1) for q, w in weights.items()}
+        else:
+            ample = max(wanted, key=lambda q: saved[q] / wanted[q])
+            weights = {q: w / (1.5 if q == ample else 1) for q, w in weights.items()}
+    _mend(sites, wanted, best)
+    _spare(sites, wanted, best)
+    return best
+
+
+def _mend(sites: Mapping[str, list[Proposal]], wanted: Mapping[str, float], taken: dict[str, Proposal]) -> None:
+    """Where budgets are short still, change one site at a time, as long as that brings them nearer."""
+    everything = [p for alternatives in sites.values() for p in alternatives]
+    saved = _saved(taken.values(), wanted)
+    for _ in range(len(sites)):
+        short = sum(_short(saved, wanted).values())
+        if not short:
+            return
+        then = [{q: saved[q] + _step(taken.get(p.site), p, q) for q in wanted} for p in everything]
+        ranks = [(sum(_short(s, wanted).values()), p.damage or 0.0) for s, p in zip(then, everything, strict=True)]
+        index = min(range(len(ranks)), key=ranks.__getitem__)
+        if not ranks[index][0] < short:
+            return
+        taken[everything[index].site], saved = everything[index], then[index]
+
+
+def _spare(sites: Mapping[str, list[Proposal]], wanted: Mapping[str, float], taken: dict[str, Proposal]) -> None:
+    """Take back what no budget needs, the most damage first."""
+    saved = _saved(taken.values(), wanted)
+    if _short(saved, wanted):
+        return
+    for p in sorted(taken.values(), key=lambda p: -(p.damage or 0.0)):
+        less = [other for other in sites[p.site] if (other.damage or 0.0) < (p.damage or 0.0)]
+        for other in (None, *sorted(less, key=lambda other: other.damage or 0.0)):
+            then = {q: saved[q] + _step(p, other, q) for q in wanted}
+            if not _short(then, wanted):
+                saved = then
+                del taken[p.site]
+                taken |= {} if other is None else {p.site: other}
+                break
+
+
+def _short(saved: Mapping[str, float], wanted: Mapping[str, float]) -> dict[str, float]:
+    """Quantities of which too little is saved -> the share of what is wanted that is missing."""
+    missing = {q: 1 - saved[q] / amount for q, amount in wanted.items()}
+    return {q: share for q, share in missing.items() if share > ROUNDING}
+
+
+def _saved(chosen: Iterable[Proposal], quantities: Iterable[str]) -> dict[str, float]:
+    chosen = list(chosen)
+    return {q: sum(saving(p, q) for p in chosen) for q in quantities}
+
+
+def _step(before: Proposal | None, after: Proposal | None, quantity: str) -> float:
+    """What is saved more by an alternative than by another, or by none."""
+    return (saving(after, quantity) if after else 0.0) - (saving(before, quantity) if before else 0.0)
+
+
+def _hull(alternatives: Sequence[Proposal], weights: Mapping[str, float]) -> list[Proposal]:
+    """The alternatives on the lower convex hull of damage over gain, by rising gain."""
     hull: list[Proposal] = []
-    for p in sorted(alternatives, key=lambda p: (saving(p, quantity), p.damage or 0.0)):
+    for p in sorted(alternatives, key=lambda p: (_gain(p, weights), p.damage or 0.0)):
         while hull and (p.damage or 0.0) <= (hull[-1].damage or 0.0):
             hull.pop()
-        while hull and _slope(hull[-2] if len(hull) > 1 else None, hull[-1], quantity) >= _slope(hull[-1], p, quantity):
+        while hull and _slope(hull[-2] if len(hull) > 1 else None, hull[-1], weights) >= _slope(hull[-1], p, weights):
             hull.pop()
-        if not hull or saving(p, quantity) > saving(hull[-1], quantity):
+        if not hull or _gain(p, weights) > _gain(hull[-1], weights):
             hull.append(p)
     return hull
 
 
-def _slope(before: Proposal | None, after: Proposal, quantity: str) -> float:
-    """Damage per unit saved from one alternative to the next."""
-    saved = saving(after, quantity) - (saving(before, quantity) if before else 0.0)
+def _slope(before: Proposal | None, after: Proposal, weights: Mapping[str, float]) -> float:
+    """Damage per unit gained from one alternative to the next."""
+    gained = _gain(after, weights) - (_gain(before, weights) if before else 0.0)
     hurt = (after.damage or 0.0) - ((before.damage or 0.0) if before else 0.0)
-    return hurt / saved if saved > 0 else float("inf")
+    return hurt / gained if gained > 0 else float("inf")
+
+
+def _gain(p: Proposal, weights: Mapping[str, float]) -> float:
+    return sum(weight * saving(p, quantity) for quantity, weight in weights.items())
+
+
+def known(p: Proposal, quantity: str) -> bool:
+    """Whether a proposal says what it does to a quantity of `Cost`. Where nothing is left, nothing has to be known."""
+    if p.before is None or p.after is None:
+        return False
+    if quantity not in PREDICTED:
+        return True
+    return getattr(p.before, quantity) > 0 and (getattr(p.after, quantity) > 0 or p.after == Cost())
 
 
 def saving(proposal: Proposal, quantity: str) -> float:
     """How much of a quantity of `Cost` a proposal is predicted to save; 0 when it does not say."""
-    if proposal.before is None or proposal.after is None:
+    if not known(proposal, quantity):
         return 0.0
     return float(getattr(proposal.before, quantity) - getattr(proposal.after, quantity))
+
+
+def pays(p: Proposal, goals: Sequence[str]) -> bool:
+    """Whether a single rewrite is not foretold to make things worse: it must lower one of the goals, or leave it.
+
+    What is predicted (latency, energy) has to fall; what is counted must not rise.
+    """
+    told = [goal for goal in goals if known(p, GOALS[goal])]
+    saved = [(saving(p, GOALS[goal]), GOALS[goal] in PREDICTED) for goal in told]
+    return len(told) < len(goals) or any(amount > 0 or (amount == 0 and not must_fall) for amount, must_fall in saved)
+
+
+def decisive(goal: str, proposals: Sequence[Proposal]) -> str:
+    """The attribute of `Cost` by which rewrites are worth more or less; MACs where not all say what is predicted."""
+    quantity = GOALS[goal]
+    return quantity if all(known(p, quantity) for p in proposals) else "macs"
 
 
 def by_worth(chosen: Sequence[Proposal], quantity: str) -> list[Proposal]:

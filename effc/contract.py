@@ -13,14 +13,20 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 from pydantic import Field
 
+from effc.errors import EffcError
 from effc.model import Model
 
 if TYPE_CHECKING:
-    from effc.cost import Cost
+    from effc.cost import Cost, ModelCost
     from effc.data import Data
+    from effc.kernels import Kernel
+    from effc.predict import Prediction
     from effc.runtime import Backend
     from effc.statistics import Request
     from effc.target import Target
+
+# A larger model takes seconds and memory to predict: there it is done only where latency is the goal.
+LARGE_NODES, LARGE_BYTES = 5000, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ class Proposal:
         site: what is rewritten, by the name of its node or group. Alternatives for one site share the name.
         nodes: names of the nodes that go or change.
         setting: how, as plain data; with the site all that `rewrite` needs, so that a report can be replayed.
-        before, after: predicted cost of these nodes; None when the pass does not say.
+        before, after: predicted cost of these nodes, with seconds and energy on the target where the pass knows them
+            (`Context.cost_of`, `Context.seconds`); None when the pass does not say.
         damage: predicted rise of the output divergence in nats a sample (outputs that are no class scores: relative
             squared error); 0 for exact rewrites, None when it was not estimated.
     """
@@ -74,6 +81,7 @@ class Context:
         backend: the runtime itself.
         calibration: data to look at activations with, or None.
         later: the passes that follow.
+        goal: what has to fall: "latency", "size", "energy" or "macs".
         batch, dims, threads, seed: as the user stated them.
         precise: damage should be estimated with forward passes through the whole model, as far as the pass can; set
             when proposals have to be ordered to hold a limit on accuracy.
@@ -84,6 +92,7 @@ class Context:
     backend: Backend
     calibration: Data | None = None
     later: tuple[Pass, ...] = ()
+    goal: str = "latency"
     batch: int = 1
     dims: Mapping[str, int] = field(default_factory=dict)
     threads: int = 1
@@ -119,6 +128,66 @@ class Context:
             if known == revision:
                 self._statistics[model.revision, *rest, request] = result
 
+    def predict(self, model: Model) -> Prediction:
+        """Predicted latency of one inference on the target; remembered until the next edit.
+
+        Raises:
+            EffcError: the runtime does not take the model.
+        """
+        from effc.predict import predict
+
+        runtime = self.backend if self.backend.name == self.target.runtime else None
+        settings = {"batch": self.batch, "dims": self.dims, "threads": self.threads}
+
+        def compute() -> tuple[Target, Prediction]:  # the target is held, so that its id stays its own
+            return self.target, predict(model, self.target, backend=runtime, **settings)
+
+        return model.cached(self._key("prediction"), compute, for_clones=True)[1]
+
+    def foresee(self, model: Model) -> Prediction | None:
+        """The prediction, or None where it would cost more than it tells, or the runtime does not take the model."""
+        if self.large and self.goal != "latency":
+            return None
+        try:
+            return self.predict(model)
+        except EffcError:
+            return None
+
+    @property
+    def large(self) -> bool:
+        """Whether models of this size take long to predict."""
+        return len(self.original.graph) > LARGE_NODES or self.original.nbytes() > LARGE_BYTES
+
+    def costs(self, model: Model) -> ModelCost:
+        """What a model costs on the target, energy included, and seconds where these are foreseen.
+
+        A node's seconds are those of its kernel; they stand at the node that leads it, and the others of the kernel
+        have none.
+        """
+        from effc.energy import on_target
+
+        def compute() -> tuple[Target, ModelCost]:
+            settings = {"batch": self.batch, "dims": self.dims, "prediction": self.foresee(model)}
+            return self.target, on_target(model, self.target, **settings)
+
+        return model.cached((*self._key("costs"), self.goal), compute, for_clones=True)[1]
+
+    def cost_of(self, model: Model, nodes: Iterable[str]) -> Cost:
+        """Predicted cost of some nodes of a model, by name."""
+        from effc.cost import Cost
+
+        known = self.costs(model).nodes
+        return sum((known[name] for name in nodes), Cost())
+
+    def seconds(self, kernels: Sequence[Kernel]) -> float:
+        """Predicted time of kernels that are not there yet, one after another."""
+        from effc.predict import estimate
+
+        return float(sum(e.seconds for e in estimate(kernels, self.target, self.threads)))
+
+    def _key(self, what: str) -> tuple:
+        return what, id(self.target), self.batch, tuple(sorted(self.dims.items())), self.threads
+
 
 class Pass(ABC):
     """Base of all passes. Subclasses are frozen dataclasses with these class variables:
@@ -149,8 +218,12 @@ class Pass(ABC):
         return iter(())
 
     def budget(self) -> Mapping[str, float]:
-        """The pass's own budget, by the names that all passes share: macs, size (shares kept), max_drop (points)."""
-        names = ("macs", "size", "max_drop")
+        """The pass's own budget, by the names that all passes share.
+
+        `macs`, `size` and `energy` are shares kept, `speedup` is the predicted latency before over that after, and
+        `max_drop` is in points of the metric. A pass with one of the first four is judged by it.
+        """
+        names = ("macs", "size", "speedup", "energy", "max_drop")
         return {n: value for n in names if (value := getattr(self, n, None)) is not None}
 
 

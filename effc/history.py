@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 from pydantic import TypeAdapter, ValidationError
 
+from effc.choose import GOALS, known
 from effc.contract import Pass, Proposal
 from effc.cost import Cost
 from effc.edit import origin_of
@@ -18,8 +19,11 @@ from effc.errors import BadInput
 from effc.evaluate import Score
 from effc.measure import Latency
 from effc.model import Model, constant_tensor
+from effc.predict import MEASURED, Prediction
 
 KEPT, UNDONE, UNCHANGED = "kept", "undone", "unchanged"
+NO_GAIN = "predicted not to pay"  # so the reason for leaving a node alone begins; then come the figures
+SURE = 2.0  # standard deviations
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class NodeRecord:
     Attributes:
         status: "changed" (also: gone, when `to` is empty) or "skipped".
         to: names of the nodes that stand in its place.
-        setting, gain, damage: of the proposal that changed it; gain as (what, before, after).
+        setting, gain, damage: of the proposal that changed it; gain as what -> (before, after), predicted.
         reason: why it was skipped.
     """
 
@@ -66,9 +70,67 @@ class Accuracy:
         return cls(score.metric, points, score.samples, drop, score.agreement, damage)
 
 
+@dataclass(frozen=True)
+class Predicted:
+    """Latency of a model (after) beside that of another (before) as predicted for the target.
+
+    Attributes:
+        before_ms, after_ms: of one inference of the whole batch, in milliseconds.
+        ratio: after / before; below 1 is faster.
+        error: one standard deviation of the ratio. Errors of kernels that are the same in both cancel.
+        basis: "measured" kernels in both, or the "roofline", a lower bound that says little about ratios.
+    """
+
+    before_ms: float
+    after_ms: float
+    ratio: float
+    error: float
+    basis: str
+
+    @classmethod
+    def of(cls, before: Prediction, after: Prediction) -> Predicted:
+        """Set two predictions beside each other.
+
+        What is taken away and what is added is as uncertain as its kind of kernel; kinds are independent.
+        """
+        a, b = before.total, after.total
+        whole, ratio = a.seconds or 1.0, b.seconds / a.seconds if a.seconds else 1.0
+        if before.parts or after.parts:
+            none = (0.0, 0.0)
+            pairs = [(before.parts.get(k, none), after.parts.get(k, none)) for k in {**before.parts, **after.parts}]
+            error = math.sqrt(sum(((now - was) * max(e, f)) ** 2 for (was, e), (now, f) in pairs)) / whole
+        else:
+            error = ratio * math.hypot(a.error, b.error)
+        basis = a.basis if a.basis != MEASURED else b.basis
+        return cls(1e3 * float(a.seconds), 1e3 * float(b.seconds), float(ratio), float(error), basis)
+
+    @property
+    def measured(self) -> bool:
+        """Whether both rest on measured kernels."""
+        return self.basis == MEASURED
+
+    @property
+    def slower(self) -> bool:
+        """Beyond doubt."""
+        return self.measured and self.ratio - SURE * self.error > 1
+
+    @property
+    def sure(self) -> bool:
+        """Whether the ratio is on one side of 1 beyond doubt."""
+        return self.measured and abs(self.ratio - 1) > SURE * self.error
+
+    def describe(self) -> str:
+        """One clause for a report."""
+        text = f"{self.after_ms:.3f} ms against {self.before_ms:.3f} ms, {self.ratio:.2f}x"
+        return f"{text} +- {self.error:.2f}" if self.measured else f"{text} by the {self.basis} alone"
+
+
 @dataclass
 class PassRecord:
-    """One pass: what it was asked, what it chose, what became of every node."""
+    """One pass: what it was asked, what it chose, what became of every node.
+
+    Energy and seconds of `cost_before` and `cost_after` are predicted at the ends of stages; they are 0 elsewhere.
+    """
 
     name: str
     recipe: str
@@ -96,7 +158,10 @@ class PassRecord:
 class StageRecord:
     """What the guard judges as one: a lossy pass up to and including the next that recovers, else one pass.
 
-    `cause` says in a word what undid it: "deployment", "accuracy" or "goal".
+    Attributes:
+        cause: in a word what undid it: "deployment", "prediction", "accuracy" or "goal".
+        latency, predicted: of the model after beside that before, measured and predicted.
+        goals: what it was judged by: "latency", "size", "energy", "macs".
     """
 
     passes: list[PassRecord]
@@ -106,11 +171,13 @@ class StageRecord:
     latency: Latency | None = None
     accuracy: Accuracy | None = None
     unproven: list[str] = field(default_factory=list)
+    predicted: Predicted | None = None
+    goals: tuple[str, ...] = ()
 
 
 @dataclass
 class Snapshot:
-    """A model in numbers. Size is that of the file in bytes."""
+    """A model in numbers. Size is that of the file in bytes; energy and seconds of the cost are predicted."""
 
     cost: Cost
     size: int
@@ -120,7 +187,7 @@ class Snapshot:
 
 @dataclass
 class History:
-    """Everything a report says."""
+    """Everything a report says. `origin` tells "measured" figures of the target from "published" ones."""
 
     model: str
     recipe: str
@@ -143,6 +210,8 @@ class History:
     unproven: list[str] = field(default_factory=list)
     unmet: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    origin: str = ""
+    predicted: Predicted | None = None
 
     @property
     def passes(self) -> list[PassRecord]:
@@ -219,8 +288,8 @@ def _plain(attribute: ir.Attr) -> str:
 def _gain(p: Proposal) -> dict[str, tuple[float, float]]:
     if p.before is None or p.after is None:
         return {}
-    pairs = {"macs": (p.before.macs, p.after.macs), "weight_bytes": (p.before.weight_bytes, p.after.weight_bytes)}
-    return {what: pair for what, pair in pairs.items() if pair[0] != pair[1]}
+    pairs = {q: (getattr(p.before, q), getattr(p.after, q)) for q in GOALS.values() if known(p, q)}
+    return {quantity: pair for quantity, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def compose(first: Mapping[str, Sequence[str]], then: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:

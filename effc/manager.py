@@ -7,17 +7,18 @@ A stage works on a clone; it is kept when it is right, accurate enough and pays,
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from effc import edit
-from effc.choose import choose
+from effc.choose import QUANTITIES, choose, unreached
 from effc.contract import Context, Pass, Proposal, Skipped
-from effc.cost import cost
+from effc.cost import Cost, cost
 from effc.errors import BadInput, EffcError, PassFailed
 from effc.guard import Guard
 from effc.history import KEPT, UNCHANGED, UNDONE, PassRecord, StageRecord, compose, ledger
 from effc.model import Model, collection_paused
+from effc.predict import MEASURED
 from effc.recipe import describe, format_calls
 from effc.search import Search
 from effc.stages import Attempt, Stage, stages
@@ -74,20 +75,25 @@ class PassManager:
         if self.replay is not None:
             return self._replayed(stage, before, self.replay[number])
         attempt = self._attempt(stage, before)
-        record = StageRecord(attempt.records)
+        goals = stage.goals or (self.guard.goal,)
+        record = StageRecord(attempt.records, goals=goals)
         if not attempt.changed:
             record.status = UNCHANGED
             return attempt, record
         limit = self._limit(stage)
         search = Search(self.guard, lambda chosen: self._attempt(stage, before, [chosen]))
-        if stage.searchable:
-            attempt = search.quickest(attempt, list(stage.passes[0].variants(before, attempt.chosen[0], self.context)))
-            record = StageRecord(attempt.records)
+        if stage.searchable and goals == ("latency",):  # a variant may miss any other budget
+            variants = list(stage.passes[0].variants(before, attempt.chosen[0], self.context))
+            attempt = search.quickest(before, attempt, variants)
+            record = StageRecord(attempt.records, goals=goals)
         with _Blaming(", ".join(dict.fromkeys(step.name for step in stage.passes))):
             self.guard.judge(record, before, attempt.model, stage.lossy, limit)
         if record.cause == "accuracy" and stage.searchable and limit is not None:
             again = self._precise(stage.passes[0], before)
             attempt, record = search.within(limit, before, attempt, record, again)
+        if self.guard.foresees(stage.lossy):
+            record.passes[0].cost_before = self.context.costs(before).total
+            record.passes[-1].cost_after = self.context.costs(attempt.model).total
         if record.status == UNDONE:
             for step in record.passes:
                 step.status, step.reason = UNDONE, step.reason or record.reason
@@ -117,6 +123,9 @@ class PassManager:
         chosen = [[Proposal(site, setting=setting) for site, setting in record.chosen] for record in told.passes]
         attempt = self._attempt(stage, before, chosen)
         record = StageRecord(attempt.records, KEPT, "", "replayed", told.latency, told.accuracy)
+        record.predicted, record.goals = told.predicted, told.goals
+        for step, then in zip(record.passes, told.passes, strict=True):
+            step.cost_before, step.cost_after = then.cost_before, then.cost_after
         return attempt, record
 
     def _attempt(
@@ -169,7 +178,8 @@ class PassManager:
         with _Blaming(step.name):
             if chosen is None:
                 proposals, skipped = self._proposals(step, model)
-                chosen = self.guard.worthwhile(choose(proposals, step.budget(), before_cost), record)
+                chosen, left = self._chosen(step, proposals, model, record)
+                skipped |= left
             clone = model.clone()
             for node in clone.graph:
                 node.meta.pop(edit.ORIGIN, None)
@@ -196,6 +206,33 @@ class PassManager:
         record.cost_after = cost(clone, self.context.batch, self.context.dims).total
         record.seconds = time.perf_counter() - started
         return clone, record, _node_map(model, clone), chosen
+
+    def _chosen(
+        self, step: Pass, proposals: Sequence[Proposal], model: Model, record: PassRecord
+    ) -> tuple[list[Proposal], dict[str, str]]:
+        """The proposals to make, and node -> why its proposals were not taken."""
+        budget = {name: value for name, value in step.budget().items() if name in QUANTITIES}
+        total = self._whole(budget, model, record)
+        goals = Stage([step]).goals or (self.guard.goal,)
+        chosen, dropped = self.guard.worthwhile(choose(proposals, budget, total), record, goals)
+        for name, reached in unreached(chosen, budget, total).items():
+            record.notes.append(f"{name}={budget[name]:g} is out of reach: {reached:.3g}, going by its proposals")
+        done = {node for p in chosen for node in p.nodes}
+        said = ", ".join(f"{name}={value:g}" for name, value in budget.items())
+        idle = {node for p in proposals if budget for node in p.nodes if node not in done}
+        return chosen, dict.fromkeys(idle, f"the budget {said} does without it") | dropped
+
+    def _whole(self, budget: Mapping[str, float], model: Model, record: PassRecord) -> Cost:
+        """What a budget is a share of. Raises BadInput where the target's share in it is not known."""
+        if not {"speedup", "energy"} & budget.keys():
+            return record.cost_before
+        total, prediction = self.context.costs(model).total, self.context.foresee(model)
+        if "speedup" in budget:
+            if prediction is None:
+                raise BadInput("speedup= needs a predicted latency, and this model's is not known: leave it out")
+            if prediction.total.basis != MEASURED:
+                record.notes.append(f"speedup={budget['speedup']:g} is held by the {prediction.total.basis} alone")
+        return total
 
 
 class _Blaming:

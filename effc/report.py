@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from effc.history import KEPT, UNCHANGED, Accuracy, History, PassRecord, Snapshot, StageRecord
+from effc.history import KEPT, NO_GAIN, UNCHANGED, Accuracy, History, PassRecord, Predicted, Snapshot, StageRecord
 from effc.measure import Latency
 
 STYLES = {KEPT: "green", UNCHANGED: "dim"}
@@ -43,8 +43,8 @@ def _passes(history: History) -> Table:
     table = Table(title=f"{escape(history.model)} for {history.target}", title_justify="left", title_style="bold")
     for heading in ("pass", "verdict", "nodes changed", "MACs", "weights"):
         table.add_column(heading, justify="left" if heading in ("pass", "verdict") else "right")
-    table.add_column("latency", justify="right")
-    table.add_column("accuracy", justify="right")
+    for heading in ("predicted", "latency", "accuracy"):
+        table.add_column(heading, justify="right")
     for stage in history.stages:
         for record in stage.passes:
             last = record is stage.passes[-1]
@@ -55,10 +55,19 @@ def _passes(history: History) -> Table:
                 f"{record.counts['changed']} of {total}",
                 _change(record.cost_before.macs, record.cost_after.macs),
                 _change(record.cost_before.weight_bytes, record.cost_after.weight_bytes),
+                _predicted(stage.predicted, "x") if last else "",
                 _latency(stage) if last else "",
                 _accuracy(stage.accuracy) if last else (_drift(record)),
             )
     return table
+
+
+def _predicted(predicted: Predicted | None, times: str = "") -> str:
+    """A ratio and its standard deviation, or what it rests on instead."""
+    if predicted is None:
+        return "-"
+    doubt = f"±{predicted.error:.2f}" if predicted.measured else f"({predicted.basis})"
+    return f"{predicted.ratio:.2f}{times} {doubt}"
 
 
 def _latency(stage: StageRecord) -> str:
@@ -90,13 +99,15 @@ def _totals(history: History) -> Table:
     )
     for heading in ("", "original", "result", "ratio"):
         table.add_column(heading, justify="right" if heading else "left")
-    rows = totals(history.original, history.final, history.latency)
+    rows = totals(history.original, history.final, history.latency, history.predicted)
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def totals(before: Snapshot, after: Snapshot, latency: Latency | None) -> list[tuple[str, str, str, str]]:
+def totals(
+    before: Snapshot, after: Snapshot, latency: Latency | None, predicted: Predicted | None = None
+) -> list[tuple[str, str, str, str]]:
     """Rows (what, before, after, ratio) that set two models beside each other."""
     rows = []
     if latency is not None:
@@ -108,6 +119,12 @@ def totals(before: Snapshot, after: Snapshot, latency: Latency | None) -> list[t
                 f"{latency.ratio:.2f} [{latency.low:.2f}, {latency.high:.2f}]",
             )
         )
+    if predicted is not None:
+        times = f"{predicted.before_ms:.3f}", f"{predicted.after_ms:.3f}"
+        rows.append(("predicted latency, ms", *times, _predicted(predicted)))
+    if before.cost.energy and after.cost.energy:
+        a, b = 1e3 * before.cost.energy, 1e3 * after.cost.energy
+        rows.append(("predicted energy, mJ", f"{a:.4g}", f"{b:.4g}", _ratio(a, b)))
     rows += [
         ("file, bytes", f"{before.size:,}", f"{after.size:,}", _ratio(before.size, after.size)),
         ("parameters", f"{before.cost.parameters:,}", f"{after.cost.parameters:,}", ""),
@@ -163,7 +180,11 @@ def _about(record: PassRecord) -> list[str]:
     by_reason: dict[str, list[str]] = defaultdict(list)
     for entry in record.ledger:
         if entry.status == "skipped" and not entry.reason.startswith("nothing for "):
-            by_reason[entry.reason].append(entry.node)
+            reason, _, figures = entry.reason.partition(f"{NO_GAIN}: ")
+            if figures:  # each node has its own
+                by_reason[NO_GAIN].append(f"{entry.node} ({figures})")
+            else:
+                by_reason[reason].append(entry.node)
     for reason, nodes in by_reason.items():
         shown = ", ".join(nodes[:NAMES_SHOWN]) + (
             f" and {len(nodes) - NAMES_SHOWN} more" if nodes[NAMES_SHOWN:] else ""

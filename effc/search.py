@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from effc.choose import by_worth
+from effc.choose import by_worth, decisive
 from effc.contract import Proposal
 from effc.guard import Guard
 from effc.history import StageRecord
@@ -23,11 +23,18 @@ class Search:
     guard: Guard
     make: Callable[[list[Proposal]], Attempt]
 
-    def quickest(self, attempt: Attempt, variants: Sequence[Sequence[Proposal]]) -> Attempt:
-        """The attempt, or that of the variants which is measured to be faster beyond doubt."""
+    def quickest(self, before: Model, attempt: Attempt, variants: Sequence[Sequence[Proposal]]) -> Attempt:
+        """The attempt, or that of the variants which is measured to be faster beyond doubt.
+
+        Where the attempt is foretold to be slower than the model before, so may all variants be: then none is measured.
+        """
         if not variants or not self.guard.times:
             return attempt
         tried = {str(number): self.make(list(variant)) for number, variant in enumerate(variants)}
+        if self.guard.hopeless(before, attempt.model):
+            tried = {name: a for name, a in tried.items() if not self.guard.hopeless(before, a.model)}
+        if not tried:
+            return attempt
         measured = self.guard.race({"all": attempt.model, **{name: a.model for name, a in tried.items()}})
         best = min(tried, key=lambda name: measured[name].ratio)
         if not (measured[best].faster and measured[best].ratio < GAIN):
@@ -52,7 +59,8 @@ class Search:
             precise: the pass's proposals with damage as well estimated as it can.
         """
         wanted = {(p.site, _setting(p)) for p in full.chosen[0]}
-        order = by_worth([p for p in precise if (p.site, _setting(p)) in wanted], self.guard.quantity)
+        offered = [p for p in precise if (p.site, _setting(p)) in wanted]
+        order = by_worth(offered, decisive((*failed.goals, self.guard.goal)[0], offered))
         looks = 0
         attempt, record = full, failed
         for given_up in _steps(len(order)):
@@ -62,7 +70,7 @@ class Search:
                 continue
             looks += 1
             _explain(candidate, full, f"given up to hold a drop of {limit:g} points")
-            attempt, record = candidate, StageRecord(candidate.records)
+            attempt, record = candidate, StageRecord(candidate.records, goals=failed.goals)
             self.guard.judge(record, before, attempt.model, True, limit)
             if record.cause != "accuracy" or looks == LOOKS:
                 break

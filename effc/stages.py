@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from effc.choose import JUDGED_BY
 from effc.contract import Pass, Proposal, Repeat
 from effc.history import KEPT, PassRecord
 from effc.model import Model
@@ -24,6 +25,12 @@ class Stage:
     def searchable(self) -> bool:
         """One lossy pass and nothing that trains: its rewrites can be given up one by one to hold a limit."""
         return len(self.passes) == 1 and self.lossy
+
+    @property
+    def goals(self) -> tuple[str, ...]:
+        """What budgets of its passes say that it is judged by, each once; empty where they say nothing."""
+        budgets = (name for step in self.passes for name in step.budget())
+        return tuple(dict.fromkeys(JUDGED_BY[name] for name in budgets if name in JUDGED_BY))
 
 
 @dataclass

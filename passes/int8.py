@@ -7,7 +7,7 @@ are quantised dynamically, and convolutions are left alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Annotated, ClassVar, Literal
@@ -17,7 +17,6 @@ import onnx_ir as ir
 from pydantic import Field
 
 from effc.contract import Context, Pass, Proposal, Skipped
-from effc.cost import Cost, cost
 from effc.errors import PassFailed
 from effc.layers import WEIGHTED, bias_array, constant_weight, output_axis
 from effc.model import Model
@@ -27,6 +26,7 @@ from effc.quantize import Affine, affine, choose_range
 from effc.statistics import Bins, Histogram, Mean
 from effc.target import IntegerKernels
 
+from ._integer_costs import layer_costs, sides
 from ._integer_graph import Lowering
 from ._sensitivity import local_damage, output_damage
 
@@ -68,15 +68,10 @@ class Int8(Pass):
         yield from (Skipped(n.name, reason) for n, reason in refusals.items() if reason)
         proposals = [n for n in nodes if not refusals[n]]
         damages = self._damages(model, proposals, context)
-        costs = cost(model, context.batch, context.dims).nodes
         form = "dynamic" if context.calibration is None else "static"
+        costs = layer_costs(model, proposals, context, static=form == "static")
         for node in proposals:
-            before = costs[node.name]
-            weight = model.constant(node.inputs[1])
-            saved = weight.nbytes - weight.size  # of a weight that several layers read, the first tells
-            saved = saved if saved <= before.weight_bytes else 0
-            after = Cost(before.macs, before.parameters, before.weight_bytes - saved)
-            yield Proposal(node.name, (node.name,), {"form": form}, before, after, damages[node])
+            yield Proposal(node.name, (node.name,), {"form": form}, *costs[node], damages[node])
 
     def _damages(self, model: Model, nodes: list[ir.Node], context: Context) -> Mapping[ir.Node, float | None]:
         if context.calibration is None or not nodes:
@@ -171,7 +166,7 @@ def _strays(nodes: Set[ir.Node], model: Model, kernels: IntegerKernels) -> dict[
     """
     order = list(model.graph)
     layers = {n for n in order if n.op_type in WEIGHTED}
-    behind_a_layer = _reached(order, layers, lambda n: (v.producer() for v in n.inputs if v is not None))
+    behind_a_layer, _ = sides(order, layers)
     slow = {}
     for node in nodes:
         if node.op_type == "Conv":
@@ -179,24 +174,12 @@ def _strays(nodes: Set[ir.Node], model: Model, kernels: IntegerKernels) -> dict[
             groups = node.attributes.get_int("group", 1)
             slow[node] = kernels.slow_convolution(outputs, inputs, groups, first=node not in behind_a_layer)
     fast = {n for n in nodes if not slow.get(n)}
-    before = _reached(order, fast, lambda n: (v.producer() for v in n.inputs if v is not None))
-    behind = _reached(order[::-1], fast, lambda n: (c for v in n.outputs for c in v.consumers()))
+    behind, ahead = sides(order, fast)
     return {
-        n: f"{reason}; it stands {'behind' if n in before else 'before'} all layers that gain, and stays in float"
+        n: f"{reason}; it stands {'behind' if n in behind else 'before'} all layers that gain, and stays in float"
         for n, reason in slow.items()
-        if reason and not (n in before and n in behind)
+        if reason and not (n in behind and n in ahead)
     }
-
-
-def _reached(
-    order: Sequence[ir.Node], sources: Set[ir.Node], neighbours: Callable[[ir.Node], Iterable[ir.Node | None]]
-) -> set[ir.Node]:
-    """Nodes with a source among the nodes that come before them in `order` and that `neighbours` lead to."""
-    reached: set[ir.Node] = set()
-    for node in order:
-        if any(n is not None and (n in reached or n in sources) for n in neighbours(node)):
-            reached.add(node)
-    return reached
 
 
 def _lifting_fails(model: Model) -> str | None:

@@ -19,7 +19,7 @@ from tests.networks import NETWORKS, feeds
 
 DIMS = {"T": 6}  # the size that `feeds` gives dimensions other than the batch
 SAMPLES = 16
-TARGET = target.find("onnxruntime-cpu").name  # whose weights keep to 7 bits: right on every processor
+TARGET = target.find("onnxruntime-avx2").name  # whose weights keep to 7 bits: right on every processor
 
 # Every option of a pass with a value that is not its default: what text and YAML have to carry.
 OPTIONS: dict[str, list[str]] = {

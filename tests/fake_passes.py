@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -23,6 +23,10 @@ class Fake(Pass):
     """Does `change` to the model and notes each call in `log`. Not registered: for the manager only."""
 
     name: ClassVar[str] = "fake"
+    macs: float | None = None
+    size: float | None = None
+    speedup: float | None = None
+    energy: float | None = None
     max_drop: float | None = None
 
     def __init__(
@@ -32,10 +36,11 @@ class Fake(Pass):
         proposals: Sequence[Proposal | Skipped] = (Proposal("graph"),),
         max_drop: float | None = None,
         fewer: Sequence[Sequence[str]] = (),
+        **budget: float | None,
     ) -> None:
-        own = {"change": change, "log": [] if log is None else log, "proposals": proposals, "max_drop": max_drop}
-        own["fewer"] = fewer
-        for name, value in own.items():
+        own = {"change": change, "log": [] if log is None else log, "proposals": proposals, "fewer": fewer}
+        budgets = dict.fromkeys(("macs", "size", "speedup", "energy")) | {"max_drop": max_drop} | budget
+        for name, value in (own | budgets).items():
             object.__setattr__(self, name, value)
 
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
@@ -62,6 +67,23 @@ class Exact(Fake):
 @dataclass(frozen=True, init=False)
 class Lossy(Fake):
     name: ClassVar[str] = "lossy"
+
+
+@dataclass(frozen=True, init=False)
+class Paced(Lossy):
+    """Says of each MatMul that it can be made to take 0.75, 0.5 or 0.25 of its time and energy, at rising damage.
+
+    A layer's first step costs least, those of later layers cost more.
+    """
+
+    name: ClassVar[str] = "paced"
+
+    def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
+        for number, node in enumerate(model.nodes("MatMul"), start=1):
+            before = context.cost_of(model, [node.name])
+            for step, share in enumerate((0.75, 0.5, 0.25), start=1):
+                after = replace(before, seconds=share * before.seconds, energy=share * before.energy)
+                yield Proposal(node.name, (node.name,), {"share": share}, before, after, (number + 0.1) * step**2)
 
 
 @dataclass(frozen=True, init=False)

@@ -1,5 +1,6 @@
 """effc.optimize: what it refuses, hands back and requires, and the same again. Times are told beforehand."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,40 @@ import pytest
 
 import effc
 import effc.guard
+import effc.predict
+import effc.target
 from effc import capture
 from effc.api import DEFAULT_MAX_DROP, optimize, real_feeds
 from effc.contract import Proposal
+from effc.cost import Cost
 from effc.data import open_data
+from effc.energy import on_target
 from effc.errors import BadInput, RequirementNotMet
 from effc.history import KEPT, UNDONE, History
 from effc.measure import Latency
 from effc.passes.fold_batchnorm import FoldBatchNorm
 from effc.passes.simplify import Simplify
+from effc.predict import MEASURED, ROOFLINE, Estimate, Prediction
+from effc.registry import backend
+from effc.target import KERNEL_FLAGS, cpu_flags, find
+from effc.targetfile import to_json
 from tests import networks
-from tests.fake_passes import COUNTS, Exact, Lossy, classifier, emptied, samples, scaled
+from tests.fake_passes import COUNTS, Exact, Lossy, Paced, classifier, emptied, samples, scaled
 from tests.networks import distance, feeds, run
+
+HERE = "onnxruntime-avx2"  # stands in for this machine, whichever it is: of its kernels, no times are known
+# A shipped target that is not this machine, whichever it is.
+FAR = HERE if KERNEL_FLAGS & cpu_flags() != {"avx2", "fma"} else "onnxruntime-avx512-vnni"
+
+
+@pytest.fixture(autouse=True)
+def this_machine(monkeypatch) -> None:
+    real = effc.target.find
+
+    def find(name: str | None = None, **options: Any) -> effc.Target:
+        return real(name, **options) if name else replace(real(HERE, **options), local=True)
+
+    monkeypatch.setattr(effc.target, "find", find)
 
 
 def quick(model: Any, passes: Any = "simplify,fold-batchnorm", **options: Any) -> effc.Result:
@@ -56,8 +79,8 @@ def test_whatever_names_a_model_is_taken_and_never_changed(tmp_path):
 
 def test_the_history_tells_what_went_in_and_what_came_out():
     proto = networks.plain()
-    history = quick(proto, batch=3, threads=2, seed=5, target_name="onnxruntime-cpu").history
-    assert (history.recipe, history.target, history.goal) == ("simplify, fold-batchnorm", "onnxruntime-cpu", "latency")
+    history = quick(proto, batch=3, threads=2, seed=5, target_name="onnxruntime-avx2").history
+    assert (history.recipe, history.target, history.goal) == ("simplify, fold-batchnorm", "onnxruntime-avx2", "latency")
     assert (history.batch, history.threads, history.seed) == (3, 2, 5)
     assert (history.original.nodes, history.final.nodes) == (11, 9)
     assert (
@@ -80,7 +103,7 @@ def test_the_file_says_how_it_came_about():
     properties = {p.key: p.value for p in quick(networks.plain()).model.proto().metadata_props}
     assert properties["effc.recipe"] == "simplify, fold-batchnorm"
     assert properties["effc.version"] == effc.__version__
-    assert properties["effc.target"].startswith("onnxruntime-cpu")
+    assert properties["effc.target"].startswith("onnxruntime-avx2")
 
 
 def test_when_nothing_is_kept_the_original_comes_back():
@@ -96,10 +119,12 @@ def test_when_nothing_is_kept_the_original_comes_back():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"goal": "speed"}, "unknown goal 'speed'; there are latency, size, macs"),
+        ({"goal": "speed"}, "unknown goal 'speed'; there are latency, size, energy, macs"),
         ({"min_speedup": 2.0}, "a minimum speed-up has to be measured: leave out --no-measure or --min-speedup"),
         ({"max_drop": 1.0}, "a largest drop needs evaluation data: give --evaluate SPEC"),
-        ({"target_name": "tpu"}, "unknown target 'tpu'; there are onnxruntime-cpu, onnxruntime-cpu-vnni"),
+        ({"target_name": "tpu"}, "unknown target 'tpu'; there are onnxruntime-avx2, onnxruntime-avx512-vnni"),
+        ({"target_name": FAR, "min_speedup": 2.0, "measure": True},
+         f"target {FAR!r} is another machine's: no speed can be measured; leave out --min-speedup"),
         ({"passes": "int9"}, "unknown pass 'int9'"),
         ({"passes": "int8{bits=3}"}, "int8: there is no option 'bits'"),
         ({"passes": "int8{calibrator=best}"}, "int8: option calibrator=best: allowed are minmax, percentile"),
@@ -223,6 +248,131 @@ def test_stages_that_each_pay_a_little_are_undone_when_the_whole_is_slower(ratio
     assert result.history.node_map == {node.name: (node.name,) for node in result.model.graph}
     ratios[:] = [1.019, 1.019, 1.04]
     assert optimize(classifier(), steps, force=True).history.changed
+
+
+# Targets and predictions
+
+
+def test_the_whole_is_predicted_beside_what_is_measured(ratios):
+    ratios[:] = [0.5]
+    proto = networks.plain()
+    history = optimize(proto, "simplify,fold-batchnorm").history
+    whole = history.predicted
+    assert (whole.basis, whole.ratio, whole.error) == (ROOFLINE, 1.0, 0.0)  # the runtime folds batch norm by itself
+    assert (whole.before_ms, whole.after_ms) == (1e3 * history.original.cost.seconds, 1e3 * history.final.cost.seconds)
+    aim, runtime = find(HERE), backend("onnxruntime")
+    model = capture.from_proto(proto)
+    alone = on_target(model, aim, prediction=effc.predict.predict(model, aim, backend=runtime)).total
+    assert history.original.cost == alone and history.final.cost.energy < alone.energy
+    assert (history.target, history.origin, history.latency.ratio) == (HERE, "published", 0.5)
+    assert f"target {HERE}: published figures, {aim.source}" in history.notes
+    assert [stage.predicted and stage.predicted.after_ms for stage in history.stages] == [None, whole.after_ms]
+
+
+def test_what_the_user_should_know_of_the_target_is_told(monkeypatch):
+    told = replace(effc.target.find(), remark="no shipped target is of this kind", source="")
+    monkeypatch.setattr(effc.target, "find", lambda name, **options: told)
+    notes = quick(networks.plain()).history.notes
+    assert f"target {HERE}: published figures" in notes and "no shipped target is of this kind" in notes
+
+
+def test_for_another_machine_nothing_is_timed(ratios):
+    ratios[:] = [0.001]
+    history = optimize(networks.plain(), "fold-batchnorm", target_name=FAR).history
+    assert history.latency is None and history.stages[0].latency is None and history.predicted is not None
+    assert f"latency was not measured: target {FAR!r} is another machine's" in history.unproven
+    assert history.changed
+
+
+def test_a_target_measured_elsewhere_has_to_be_asked_for(tmp_path):
+    file = tmp_path / "far.json"
+    file.write_text(to_json(replace(find(HERE), name="far", origin=MEASURED, processor="another", runtime_version="1")))
+    with pytest.raises(BadInput, match=r"far\.json was measured on 'another'.*--foreign-target"):
+        quick(networks.plain(), target_name=str(file))
+    history = optimize(networks.plain(), target_name=str(file), foreign_target=True).history
+    assert (history.target, history.origin, history.latency) == ("far", "measured", None)
+
+
+@pytest.fixture
+def foretold(monkeypatch) -> dict[str, float]:
+    """Seconds that a product takes, by the number that stands first in its weight; anything else takes 1 s."""
+    seconds: dict[str, float] = {}
+
+    def fake(model, target, **options) -> Prediction:
+        assert options["backend"] is not None
+        total = 1.0
+        for node in model.nodes("MatMul"):
+            total += seconds.get(f"{model.constant(node.inputs[1]).max():g}", 1.0)
+        return Prediction(Estimate(total, 0.1, MEASURED), {}, parts={"gemm": (total - 1, 0.1)})
+
+    monkeypatch.setattr(effc.predict, "predict", fake)
+    return seconds
+
+
+def test_a_lossy_stage_is_kept_or_undone_by_prediction_where_nothing_is_measured(foretold):
+    """Six products of 1 s each, and 1 s besides. One becomes quicker, another slower."""
+    foretold |= {"2": 0.3, "3": 1.4}
+    history = quick(classifier(), [Lossy(scaled("w0", 2.0)), Lossy(scaled("w1", 3.0))]).history
+    assert [stage.status for stage in history.stages] == [KEPT, UNDONE]
+    assert history.stages[1].reason == "predicted to be slower: 6700.000 ms against 6300.000 ms, 1.06x +- 0.01"
+    assert (history.predicted.before_ms, history.predicted.after_ms) == (7000, pytest.approx(6300))
+    assert history.unproven == [
+        "latency was not measured",
+        "nothing is known about accuracy: no evaluation data were given",
+        "predicted, not measured: 6300.000 ms against 7000.000 ms, 0.90x +- 0.01",
+    ]
+
+
+def test_what_cannot_be_predicted_is_told(monkeypatch):
+    def refused(*arguments: Any, **options: Any) -> Prediction:
+        raise effc.EffcError("onnxruntime does not load plain: no memory")
+
+    monkeypatch.setattr(effc.predict, "predict", refused)
+    history = quick(networks.plain()).history
+    assert "latency is not predicted: onnxruntime does not load plain: no memory" in history.notes
+    assert history.predicted is None and history.original.cost.energy > 0 and history.original.cost.seconds == 0
+    assert history.changed
+
+
+def test_large_models_are_predicted_only_where_it_decides(monkeypatch):
+    asked, predict = [], effc.predict.predict
+    monkeypatch.setattr(effc.predict, "predict", lambda *a, **k: asked.append(1) or predict(*a, **k))
+    monkeypatch.setattr("effc.contract.LARGE_NODES", 3)
+    history = quick(networks.plain()).history
+    assert not asked and history.predicted is None and history.original.cost.energy == 0
+    history = quick(classifier(), [Lossy(scaled("w0", 2.0))], goal="energy").history
+    assert not asked and history.original.cost.energy == history.final.cost.energy > 0
+    assert quick(classifier(), [Lossy(scaled("w0", 2.0))]).history.predicted.ratio == 1.0 and asked
+
+
+def test_energy_may_be_the_goal():
+    proto = networks.residual()
+    history = quick(proto, "simplify,fold-batchnorm,int8", calibrate=calibration(proto), goal="energy").history
+    assert all(stage.goals == ("energy",) for stage in history.stages)
+    assert history.final.cost.energy < 0.6 * history.original.cost.energy
+    costs = [(r.cost_before.energy, r.cost_after.energy) for r in history.passes if r.status == KEPT]
+    assert len(costs) > 1 and all(before >= after > 0 for before, after in costs)
+
+
+def test_what_is_kept_for_the_budget_of_a_pass_may_be_slower(ratios):
+    """The pass was asked for half of the MACs; the whole is slower, and that is said."""
+    ratios[:] = [1.5]
+    layer = Proposal("node_class0", ("node_class0",), {}, Cost(macs=36), Cost(), 0.0)
+    smaller = Lossy(scaled("w0", 0.5), proposals=[layer], macs=0.9)
+    history = optimize(classifier(), [smaller]).history
+    assert (history.stages[0].status, history.stages[0].goals, history.latency.ratio) == (KEPT, ("macs",), 1.5)
+    assert any(t.startswith("kept for the budgets of its passes, though the whole is slower") for t in history.unproven)
+    assert optimize(classifier(), [Lossy(scaled("w0", 0.5))]).history.stages[0].status == UNDONE
+
+
+def test_a_budget_on_speed_in_a_report_is_replayed():
+    step = Paced(scaled("w0", 1.5), speedup=1.05)
+    first = quick(classifier(), [step])
+    told = History.from_json(first.history.to_json())
+    again = quick(classifier(), [step], replay=told).history
+    assert again.stages[0].passes[0].chosen == told.stages[0].passes[0].chosen != []
+    assert again.stages[0].predicted == told.stages[0].predicted and again.stages[0].goals == ("latency",)
+    assert again.stages[0].passes[0].cost_after == told.stages[0].passes[0].cost_after
 
 
 # The same again

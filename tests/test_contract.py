@@ -7,14 +7,17 @@ from typing import Any, ClassVar, cast
 import numpy as np
 import pytest
 
+import effc.predict
 from effc import capture, edit, recipe, statistics
 from effc.calls import parse
 from effc.contract import Context, Pass, Proposal, Repeat, no_progress
+from effc.cost import Cost
 from effc.data import open_data
-from effc.errors import BadInput
+from effc.errors import BadInput, EffcError
+from effc.kernels import Kernel
 from effc.registry import backend
 from effc.statistics import Histogram, Mean
-from effc.target import onnxruntime_cpu
+from effc.target import find
 from tests import networks
 
 
@@ -22,6 +25,8 @@ from tests import networks
 class Budgeted(Pass):
     name: ClassVar[str] = "budgeted"
     macs: float | None = None
+    speedup: float | None = None
+    energy: float | None = None
     max_drop: float | None = None
     rank: int = 3
 
@@ -36,6 +41,7 @@ def test_a_budget_is_what_was_given_under_the_shared_names():
     assert Budgeted().budget() == {}
     assert Budgeted(macs=0.5, rank=4).budget() == {"macs": 0.5}
     assert Budgeted(max_drop=0.0).budget() == {"max_drop": 0.0}  # no drop at all is a budget too
+    assert Budgeted(speedup=2.0, energy=0.5).budget() == {"speedup": 2.0, "energy": 0.5}
 
 
 def test_a_pass_and_a_proposal_cannot_be_changed():
@@ -82,7 +88,7 @@ def context() -> Context:
     samples = np.concatenate([networks.feeds(proto, seed=s)["input"] for s in range(3)])
     data = open_data({"source": lambda: iter([{"input": samples}])})
     model = capture.from_proto(proto)
-    return Context(model, onnxruntime_cpu(frozenset()), backend("onnxruntime"), calibration=data.for_model(model))
+    return Context(model, find("onnxruntime-avx2"), backend("onnxruntime"), calibration=data.for_model(model))
 
 
 @pytest.fixture
@@ -144,3 +150,93 @@ def test_statistics_need_calibration_data(context):
     context.calibration = None
     with pytest.raises(BadInput, match="calibration data are needed: give --calibrate SPEC"):
         context.statistics(context.original, [Mean("input")])
+
+
+# Prediction
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[dict]:
+    """What `effc.predict` was asked for, each time."""
+    made, predict = [], effc.predict.predict
+
+    def counted(model, target, **options) -> Any:
+        made.append({"target": target.name, **options})
+        return predict(model, target, **options)
+
+    monkeypatch.setattr(effc.predict, "predict", counted)
+    return made
+
+
+def test_a_model_is_predicted_once_until_it_is_edited(context, asked):
+    model = context.original
+    first = context.predict(model)
+    assert context.predict(model) is first is context.predict(model.clone()) is context.foresee(model)
+    assert first.total.seconds > 0 and set(first.nodes) <= {node.name for node in model.graph}
+    clone = model.clone()
+    edit.set_initializer(clone, clone.value("fc.bias"), 2 * clone.constant(clone.value("fc.bias")))
+    assert context.predict(clone).total == first.total and len(asked) == 2
+    assert asked[0] == {
+        "target": "onnxruntime-avx2", "backend": context.backend, "batch": 1, "dims": {}, "threads": 1,
+    }  # fmt: skip
+    other = dataclasses.replace(context, target=find("onnxruntime-avx512-vnni"), threads=2, batch=3)
+    assert other.predict(model) is not first and asked[2]["threads"] == 2 and asked[2]["batch"] == 3
+
+
+def test_the_runtime_is_asked_for_its_kernels_where_it_is_the_target_s(context, asked):
+    elsewhere = dataclasses.replace(context, target=find("tensorrt-a100"))
+    prediction = elsewhere.predict(context.original)
+    assert asked[0]["backend"] is None and prediction.total.basis == "roofline"
+    assert "tensorrt is not at hand" in prediction.notes[0]
+
+
+def test_the_cost_of_some_nodes_is_the_sum_of_theirs(context):
+    model = context.original
+    found = context.costs(model)
+    names = ["node_conv1", "node_conv2", "node_fc"]
+    assert context.cost_of(model, names) == sum((found.nodes[name] for name in names), Cost())
+    assert context.cost_of(model, []) == Cost()
+    conv = context.cost_of(model, ["node_conv2"])
+    assert (conv.macs, conv.seconds) == (36 * 16 * 72, context.predict(model).nodes["node_conv2"].seconds)
+    assert conv.energy > conv.macs * 4.6e-12
+    assert found.total.seconds == context.predict(model).total.seconds
+    fused = context.predict(model).fused
+    assert "node_relu2" in fused and context.cost_of(model, ["node_relu2"]).seconds == 0  # its kernel's leader has them
+    with pytest.raises(KeyError):
+        context.cost_of(model, ["node_none"])
+
+
+def test_kernels_that_are_not_there_take_what_the_target_says(context):
+    roof = context.target.roof(1)
+    dims = {"b": 1, "m": 8, "k": 64, "n": 32}
+    kernel = Kernel("made up", "gemm", (), dims, 8 * 64 * 32, 4 * (8 * 64 + 64 * 32 + 8 * 32), "float32")
+    each = max(kernel.macs / roof.macs["float32"], kernel.moved / roof.bandwidth) + roof.overhead
+    assert context.seconds([kernel]) == pytest.approx(each, rel=1e-12)
+    assert context.seconds([kernel, kernel]) == pytest.approx(2 * each, rel=1e-12)
+    assert context.seconds([]) == 0
+
+
+def test_large_models_are_foreseen_where_latency_is_the_goal_only(context, asked, monkeypatch):
+    monkeypatch.setattr("effc.contract.LARGE_NODES", 3)
+    for goal in ("size", "macs", "energy"):
+        context.goal = goal
+        assert context.foresee(context.original) is None
+        total = context.costs(context.original).total
+        assert total.energy > 0 and total.seconds == 0
+    assert not asked
+    context.goal = "latency"
+    assert context.foresee(context.original) is not None and context.costs(context.original).total.seconds > 0
+    monkeypatch.setattr("effc.contract.LARGE_NODES", 5000)
+    monkeypatch.setattr("effc.contract.LARGE_BYTES", 1000)
+    assert context.large
+
+
+def test_what_the_runtime_does_not_take_is_not_foreseen(context, monkeypatch):
+    def refuse(*settings: Any) -> Any:
+        raise EffcError("onnxruntime does not load it")
+
+    monkeypatch.setattr(type(context.backend), "kernels", refuse)
+    assert context.foresee(context.original) is None
+    assert context.costs(context.original).total.energy > 0
+    with pytest.raises(EffcError, match="does not load it"):
+        context.predict(context.original)

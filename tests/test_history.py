@@ -11,9 +11,22 @@ from effc.contract import Proposal
 from effc.cost import Cost
 from effc.errors import BadInput
 from effc.evaluate import Score
-from effc.history import KEPT, UNDONE, Accuracy, History, NodeRecord, PassRecord, Snapshot, StageRecord, compose, ledger
+from effc.history import (
+    KEPT,
+    UNDONE,
+    Accuracy,
+    History,
+    NodeRecord,
+    PassRecord,
+    Predicted,
+    Snapshot,
+    StageRecord,
+    compose,
+    ledger,
+)
 from effc.measure import Latency
 from effc.model import Model
+from effc.predict import MEASURED, ROOFLINE, Estimate, Prediction
 from tests import networks
 from tests.fake_passes import Lossy
 
@@ -104,12 +117,15 @@ def history(**options) -> History:
     ]
     one = PassRecord("low-rank", "low-rank{macs=0.5}", False, chosen=[("a", {"rank": 3})], ledger=entries, drift=None)
     two = PassRecord("simplify", "simplify", True, UNDONE, "it drifts", drift=1e-3, cost_before=Cost(1, 2, 3))
+    predicted = Predicted(1.5, 0.9, 0.6, 0.05, "measured")
     kept = StageRecord([one], latency=latency, accuracy=accuracy, unproven=["latency was not measured"])
+    kept.predicted, kept.goals = predicted, ("macs",)
     stages = [kept, StageRecord([two], UNDONE, "goal", "it drifts")]
-    before, after = Snapshot(Cost(10, 5, 20), 100, 3), Snapshot(Cost(5, 4, 16), 80, 2, accuracy)
+    costs = Cost(10, 5, 20, 7, 1.5e-3, 2.5e-3), Cost(5, 4, 16, 6, 0.5e-3, 1.5e-3)
+    before, after = Snapshot(costs[0], 100, 3), Snapshot(costs[1], 80, 2, accuracy)
     plain = History("net", "low-rank{macs=0.5}, simplify", "cpu", "latency", 1, 2, 3, {"effc": "1"}, {"evaluate": "ab"},
                     before, after, stages, latency, {"a": ("a", "b")}, {"QGemm": 1}, {"c": "no kernel"}, 1e-7,
-                    ["a note"], ["nothing is known"], ["too slow"], 1.25)  # fmt: skip
+                    ["a note"], ["nothing is known"], ["too slow"], 1.25, "measured", predicted)  # fmt: skip
     return replace(plain, **options)
 
 
@@ -165,3 +181,68 @@ def test_whether_anything_was_kept():
     whole.stages[0].passes[0].status = UNDONE
     assert not whole.changed
     assert KEPT not in [record.status for record in whole.passes]
+
+
+def prediction(parts: dict[str, tuple[float, float]], basis: str = MEASURED, start: float = 1.0) -> Prediction:
+    """Kinds of kernels with their seconds and errors; an inference takes `start` besides."""
+    total = start + sum(seconds for seconds, _ in parts.values())
+    return Prediction(Estimate(total, 0.2, basis), {}, parts=parts)
+
+
+def test_errors_of_what_is_the_same_cancel():
+    """conv stays, 4 s of pool become 1 s of qpool, and 1 s of copies is added to 2."""
+    before = prediction({"conv": (13.0, 0.5), "pool": (4.0, 0.1), "copy": (2.0, 0.3)})
+    after = prediction({"conv": (13.0, 0.5), "qpool": (1.0, 0.2), "copy": (3.0, 0.2)})
+    found = Predicted.of(before, after)
+    assert (found.before_ms, found.after_ms, found.ratio, found.basis) == (20e3, 18e3, 0.9, MEASURED)
+    assert found.error == pytest.approx((0.4**2 + 0.2**2 + 0.3**2) ** 0.5 / 20)
+    assert Predicted.of(before, before) == Predicted(20e3, 20e3, 1.0, 0.0, MEASURED)
+    assert found.describe() == "18000.000 ms against 20000.000 ms, 0.90x +- 0.03"
+
+
+def test_the_weaker_basis_counts_and_without_parts_nothing_cancels():
+    bare = Prediction(Estimate(2.0, 0.3, ROOFLINE), {})
+    found = Predicted.of(bare, Prediction(Estimate(1.0, 0.4, ROOFLINE), {}))
+    assert (found.ratio, found.error, found.basis) == (0.5, pytest.approx(0.25), ROOFLINE)
+    known = prediction({"conv": (1.0, 0.1)})
+    assert Predicted.of(known, bare).basis == Predicted.of(bare, known).basis == ROOFLINE
+    assert found.describe() == "1000.000 ms against 2000.000 ms, 0.50x by the roofline alone"
+    nothing = Prediction(Estimate(0.0, 0.5, ROOFLINE), {})
+    assert Predicted.of(nothing, nothing).ratio == 1.0
+
+
+@pytest.mark.parametrize(
+    ("ratio", "error", "basis", "slower", "sure"),
+    [
+        (1.2, 0.09, MEASURED, True, True),
+        (1.2, 0.11, MEASURED, False, False),
+        (1.2, 0.01, ROOFLINE, False, False),
+        (0.8, 0.09, MEASURED, False, True),
+        (0.8, 0.11, MEASURED, False, False),
+        (1.0, 0.0, MEASURED, False, False),
+    ],
+)
+def test_beyond_doubt_is_two_standard_deviations_of_measured_kernels(ratio, error, basis, slower, sure):
+    found = Predicted(1.0, ratio, ratio, error, basis)
+    assert (found.slower, found.sure) == (slower, sure)
+
+
+def test_a_report_of_before_there_were_predictions_is_read():
+    told = json.loads(history().to_json())
+    for place in (told, *told["stages"]):
+        for key in ("origin", "predicted", "goals"):
+            place.pop(key, None)
+    for place in (told["original"]["cost"], told["final"]["cost"]):
+        for key in ("activation_bytes", "energy", "seconds"):
+            del place[key]
+    again = History.from_json(json.dumps(told))
+    assert (again.origin, again.predicted, again.stages[0].predicted, again.stages[0].goals) == ("", None, None, ())
+    assert again.original.cost == Cost(10, 5, 20)
+
+
+def test_the_gain_of_a_node_is_what_is_known_and_changes(model):
+    after = model.clone()
+    edit.set_attributes(after, after.node("node_conv2"), strides=[1, 1])
+    costs = Cost(10, 5, 40, 9, 2e-6, 3e-6), Cost(10, 5, 10, 9, 1e-6, 0.0)
+    gain = told(model, after, Proposal("a", ("node_conv2",), {}, *costs))["node_conv2"].gain
+    assert gain == {"weight_bytes": (40, 10), "energy": (2e-6, 1e-6)}

@@ -1,14 +1,17 @@
 """effc.manager: stages, roll-back, the search under a limit on accuracy, blame, replay, the ledger and the node map."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import effc.guard
+import effc.predict
 from effc import capture, edit
 from effc.contract import Context, Pass, Proposal, Repeat, Skipped
+from effc.cost import Cost, cost
 from effc.data import open_data
 from effc.errors import BadInput, PassFailed
 from effc.evaluate import evaluate
@@ -21,9 +24,9 @@ from effc.passes.fold_batchnorm import FoldBatchNorm
 from effc.passes.simplify import Simplify
 from effc.registry import backend
 from effc.stages import stages
-from effc.target import onnxruntime_cpu
+from effc.target import find
 from tests import networks
-from tests.fake_passes import COUNTS, Exact, Lossy, Recover, classifier, emptied, samples, scaled
+from tests.fake_passes import COUNTS, Exact, Lossy, Paced, Recover, classifier, emptied, samples, scaled
 
 
 def manager(model: Model, evaluation: dict | None = None, replay: Any = None, **options: Any) -> PassManager:
@@ -32,8 +35,10 @@ def manager(model: Model, evaluation: dict | None = None, replay: Any = None, **
     data = None if evaluation is None else open_data(evaluation).for_model(model)
     settings: dict[str, Any] = {"measure": False, "batch": model.batch or 1, "dims": {"T": 6}} | options
     feeds = random_feeds(model, settings["batch"], settings["dims"])
-    guard = Guard(original=model, backend=runtime, feeds=feeds, evaluation=data, **settings)
-    context = Context(model, onnxruntime_cpu(frozenset()), runtime, batch=settings["batch"], dims=settings["dims"])
+    aim = replace(find("onnxruntime-avx2"), local=True)  # only its roofline is known, which decides nothing
+    context = Context(model, aim, runtime, batch=settings["batch"], dims=settings["dims"])
+    context.goal = settings.get("goal", "latency")
+    guard = Guard(original=model, backend=runtime, feeds=feeds, context=context, evaluation=data, **settings)
     return PassManager(context, guard, replay)
 
 
@@ -245,6 +250,129 @@ def test_an_exact_pass_is_not_judged_by_accuracy(model):
     assert run(model, Exact(scaled("fc.weight", 1 + 2e-6)), max_drop=0.0).stages[0].accuracy is None
 
 
+# Budgets
+
+
+def paced(**budget: float) -> tuple[PassManager, Outcome]:
+    """Six equal products that can be made quicker, in steps; damage rises from layer to layer and step to step."""
+    model = capture.from_proto(classifier())
+    steps = manager(model)
+    return steps, steps.run(model, [Paced(scaled("w0", 1.5), **budget)])
+
+
+def settings(outcome: Outcome) -> list[tuple[str, float]]:
+    return [(site.removeprefix("node_"), setting["share"]) for site, setting in outcome.stages[0].passes[0].chosen]
+
+
+def test_a_speedup_is_taken_where_it_hurts_least():
+    """Steps cost 1, 3 and 5 times (the number of the layer + 0.1), each for a quarter of a layer's time."""
+    steps, outcome = paced(speedup=1.1)
+    costs = steps.context.costs(steps.context.original)
+    each = costs.nodes["node_class0"].seconds
+    wanted = costs.total.seconds * (1 - 1 / 1.1)
+    saved = sum(each * (1 - share) for _, share in settings(outcome))
+    assert wanted <= saved < wanted + each / 4
+    order = sorted(((number + 0.1) * (2 * step - 1), number, step) for number in range(1, 7) for step in (1, 2, 3))
+    taken = order[: round(saved / (each / 4))]
+    assert dict(settings(outcome)) == {
+        f"class{n - 1}": 1 - max(s for _, m, s in taken if m == n) / 4 for _, n, _ in taken
+    }
+    record = outcome.stages[0].passes[0]
+    assert record.notes == ["speedup=1.1 is held by the roofline alone"]
+    reasons = {entry.node: entry.reason for entry in record.ledger}
+    assert reasons["node_class5"] == "the budget speedup=1.1 does without it"
+    assert reasons["node_sum1"] == "nothing for paced to do"
+    assert outcome.stages[0].goals == ("latency",)
+
+
+def test_energy_is_a_budget_too_and_both_hold():
+    steps, outcome = paced(energy=0.9, speedup=1.05)
+    costs = steps.context.costs(steps.context.original)
+    left = sum((1 - share) * costs.nodes[f"node_{name}"].energy for name, share in settings(outcome))
+    assert left >= 0.1 * costs.total.energy
+    quick = sum((1 - share) * costs.nodes[f"node_{name}"].seconds for name, share in settings(outcome))
+    assert quick >= costs.total.seconds * (1 - 1 / 1.05)
+    assert outcome.stages[0].goals == ("latency", "energy")
+
+
+def test_a_budget_out_of_reach_takes_all_and_says_so():
+    _, outcome = paced(speedup=50)
+    assert settings(outcome) == [(f"class{i}", 0.25) for i in range(6)]
+    said = outcome.stages[0].passes[0].notes
+    assert len(said) == 2 and re.fullmatch(r"speedup=50 is out of reach: 1\.\d+, going by its proposals", said[1])
+
+
+def test_no_budget_takes_each_first_alternative():
+    _, outcome = paced()
+    assert settings(outcome) == [(f"class{i}", 0.75) for i in range(6)]
+    assert outcome.stages[0].passes[0].notes == []
+
+
+def test_a_speedup_needs_a_prediction(monkeypatch):
+    monkeypatch.setattr(Context, "foresee", lambda self, model: None)
+    with pytest.raises(BadInput, match="speedup= needs a predicted latency, and this model's is not known"):
+        paced(speedup=1.1)
+
+
+def test_a_pass_with_a_budget_is_judged_by_it(model, ratios):
+    """Slower, and asked for by its size: kept, and variants are not tried, which would save less."""
+    ratios[:] = [3.0]
+    step = Lossy(scaled("fc.weight", 1.5), size=1.0, proposals=(Proposal("fc", ("node_fc",)),), fewer=(["fc"],))
+    stage = run(model, step, measure=True).stages[0]
+    assert (stage.status, stage.goals, stage.latency) == (UNCHANGED, ("size",), None)  # nothing has to be saved
+    slim = Lossy(scaled("fc.weight", 1.5), size=0.9, proposals=(shrinking("fc"),), fewer=(["fc"],))
+    stage = run(model, slim, measure=True).stages[0]
+    assert (stage.status, stage.goals, stage.latency) == (KEPT, ("size",), None)
+    both = [Lossy(scaled("fc.weight", 1.5), size=0.9, proposals=(shrinking("fc"),)), Recover(scaled("fc.bias", 2.0))]
+    stage = run(model, *both, measure=True).stages[0]
+    assert (stage.status, stage.goals) == (KEPT, ("size",))
+
+
+def shrinking(name: str) -> Proposal:
+    return Proposal(name, (f"node_{name}",), {}, Cost(weight_bytes=10_000), Cost(weight_bytes=0), damage=0.0)
+
+
+def test_what_is_foretold_not_to_pay_is_left_alone_with_its_figures(model):
+    slower = Proposal("conv1", ("node_conv1",), {}, Cost(1, seconds=12.3e-6), Cost(1, seconds=15e-6))
+    quicker = Proposal("fc", ("node_fc",), {}, Cost(1, seconds=12.3e-6), Cost(1, seconds=9e-6))
+    record = run(model, Lossy(scaled("fc.weight", 2.0), proposals=(slower, quicker))).stages[0].passes[0]
+    reasons = {entry.node: entry for entry in record.ledger}
+    assert reasons["node_conv1"].reason == "predicted not to pay: 12.3 us before, 15.0 us after"
+    assert reasons["node_fc"].gain == {"seconds": (12.3e-6, 9e-6)}
+    assert record.notes == ["1 of 2 rewrites: predicted not to pay in latency"]
+    none = run(model, Lossy(scaled("fc.weight", 2.0), proposals=(slower,))).stages[0]
+    assert none.status == UNCHANGED
+    assert none.passes[0].reason == "every site was skipped: predicted not to pay: 12.3 us before, 15.0 us after (1)"
+    forced = run(model, Lossy(scaled("fc.weight", 2.0), proposals=(slower,)), force=True).stages[0]
+    assert forced.status == KEPT
+
+
+# Prediction
+
+
+def test_costs_at_the_ends_of_a_stage_are_those_on_the_target(model):
+    steps = manager(model)
+    outcome = steps.run(model, [FoldBatchNorm(), Lossy(scaled("fc.weight", 1.5)), Exact()])
+    fold, lossy, idle = (stage.passes[0] for stage in outcome.stages)
+    assert fold.cost_before == steps.context.costs(model).total
+    assert fold.cost_after == lossy.cost_before == lossy.cost_after  # new numbers cost what the old did
+    assert fold.cost_after.energy > 0 and fold.cost_after.seconds > 0 and idle.cost_after.energy == 0
+    predicted = outcome.stages[0].predicted
+    assert (predicted.before_ms, predicted.after_ms) == (1e3 * fold.cost_before.seconds, 1e3 * fold.cost_after.seconds)
+    assert predicted.basis == "roofline" and 0.5 < predicted.ratio <= 1.0
+    assert outcome.stages[1].predicted.ratio == 1.0 and outcome.stages[2].predicted is None
+
+
+def test_each_end_of_a_stage_is_predicted_once(model, monkeypatch):
+    runtime, asked = backend("onnxruntime"), []
+    real = type(runtime)._lower
+    monkeypatch.setattr(
+        type(runtime), "_lower", lambda self, m, *rest: asked.append(m.revision) or real(self, m, *rest)
+    )
+    run(model, FoldBatchNorm(), Lossy(scaled("fc.weight", 1.5)))
+    assert len(asked) == len(set(asked)) == 3
+
+
 # The search under a limit on accuracy
 
 
@@ -419,7 +547,6 @@ def test_the_node_map_composes_over_passes(model):
 
 
 def through_json(outcome: Outcome, model: Model) -> list:
-    from effc.cost import cost
     from effc.history import Snapshot
 
     number = Snapshot(cost(model).total, 1, 1)

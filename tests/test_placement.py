@@ -11,7 +11,7 @@ from effc.placement import clip_bounds, is_absorbed, plan
 from effc.target import IntegerKernels, find
 from tests.networks import Net
 
-KERNELS = find("onnxruntime-cpu").integer
+KERNELS = find("onnxruntime-avx2").integer
 
 
 class Drawn:

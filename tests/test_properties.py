@@ -105,7 +105,7 @@ def accounted(result: effc.Result, before: onnx.ModelProto) -> None:
 @settings(COMMON, max_examples=30)
 @given(proto=graphs(), recipe=st.lists(st.sampled_from(PASSES[:2]), min_size=1, max_size=4))
 def test_exact_passes_in_any_order_change_no_number_beyond_rounding(proto, recipe):
-    result = effc.optimize(proto, ",".join(recipe), measure=False, force=True, target_name="onnxruntime-cpu")
+    result = effc.optimize(proto, ",".join(recipe), measure=False, force=True, target_name="onnxruntime-avx2")
     after = result.model.proto()
     onnx.checker.check_model(after, full_check=True)
     inputs = feeds(proto, batch=3, seed=1)
@@ -124,7 +124,7 @@ def test_passes_in_any_order_stay_near_the_original(proto, recipe):
         calibrate={"source": lambda: batches(proto)},
         measure=False,
         force=True,
-        target_name="onnxruntime-cpu",
+        target_name="onnxruntime-avx2",
     )
     after = result.model.proto()
     onnx.checker.check_model(after, full_check=True)
@@ -144,7 +144,7 @@ def test_the_same_model_gives_the_same_bytes(proto):
     made = [
         effc.optimize(
             proto, "simplify,fold-batchnorm,int8", calibrate={"source": lambda: batches(proto)}, measure=False,
-            force=True, target_name="onnxruntime-cpu",
+            force=True, target_name="onnxruntime-avx2",
         ).model.proto().SerializeToString()
         for _ in range(2)
     ]  # fmt: skip

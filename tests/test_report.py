@@ -1,6 +1,7 @@
 """effc.report: the console and the page say what the history holds, and markup in names stays text."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -27,7 +28,7 @@ def test_each_pass_has_a_row():
     shown = text(history())
     line = row(shown, "low-rank{macs=0.5}")
     assert "kept" in line and "1 of 2" in line
-    assert "0.50x [0.45, 0.55]" in line and "top1 90.00 (-1.50)" in line
+    assert re.search(r"0\.60x ±0\.05\W+0\.50x \[0\.45, 0\.55\]", line) and "top1 90.00 (-1.50)" in line
     line = row(shown, "simplify ")
     assert "undone" in line and "0 of 0" in line
 
@@ -35,6 +36,8 @@ def test_each_pass_has_a_row():
 def test_the_whole_is_set_beside_the_original():
     shown = text(history())
     assert re.search(r"latency, ms\W+2\.000\W+1\.000\W+0\.50 \[0\.45, 0\.55\]", shown)
+    assert re.search(r"predicted latency, ms\W+1\.500\W+0\.900\W+0\.60 ±0\.05", shown)
+    assert re.search(r"predicted energy, mJ\W+1\.5\W+0\.5\W+0\.33", shown)
     assert re.search(r"file, bytes\W+100\W+80\W+0\.80", shown)
     assert re.search(r"parameters\W+5\W+4", shown)
     assert re.search(r"MACs\W+10\W+5\W+0\.50", shown)
@@ -66,6 +69,29 @@ def test_nodes_of_one_reason_are_told_together_and_not_all():
     whole = history()
     whole.stages[0].passes[0].ledger = [NodeRecord(f"n{i}", "Conv", "skipped", reason="too small") for i in range(9)]
     assert "low-rank left alone n0, n1, n2, n3, n4, n5 and 3 more: too small" in text(whole)
+
+
+def test_what_is_foretold_not_to_pay_is_told_together_with_the_figures_of_each():
+    whole = history()
+    whole.stages[0].passes[0].ledger = [
+        NodeRecord(f"n{i}", "Conv", "skipped", reason=f"predicted not to pay: {i}.5 us before, 9.0 us after")
+        for i in range(2)
+    ]
+    said = (
+        "low-rank left alone n0 (0.5 us before, 9.0 us after), n1 (1.5 us before, 9.0 us after): predicted not to pay"
+    )
+    assert said in text(whole)
+
+
+def test_a_prediction_by_the_roofline_says_so():
+    roof = replace(history().predicted, basis="roofline")
+    whole = history(predicted=roof)
+    whole.stages[0].predicted = roof
+    shown = text(whole)
+    assert "0.60x (roofline)" in row(shown, "low-rank{macs=0.5}")
+    assert "0.60 (roofline)" in row(shown, "predicted latency, ms")
+    whole.stages[0].predicted = whole.stages[0].latency = None
+    assert re.search(r"-\W+-\W+top1", row(text(whole), "low-rank{macs=0.5}"))
 
 
 def test_nothing_to_do_is_not_told_node_by_node():
@@ -117,5 +143,11 @@ def test_the_page_needs_nothing_else(tmp_path):
     parser.feed(page)
     assert not parser.found
     assert page.lstrip().lower().startswith("<!doctype html>")
-    for words in ("low-rank{macs=0.5}", "undone", "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more"):
+    for words in (
+        "low-rank{macs=0.5}",
+        "undone",
+        "0.60x ±0.05",
+        "predicted energy, mJ",
+        "&lt;script&gt;alert(1)&lt;/script&gt; &amp; more",
+    ):
         assert words in page

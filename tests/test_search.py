@@ -1,6 +1,7 @@
 """effc.search: which rewrites are given up, and in what order, where all outcomes are told beforehand."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def proposals(damages: Sequence[float], savings: Sequence[int] | None = None) ->
 class Told:
     """A guard and attempts that do nothing: `looks` are at part of the data, `judged` at all of it."""
 
-    quantity, times, choosing_samples, chosen_on_part = "macs", True, 50, False
+    goal, times, choosing_samples, chosen_on_part = "macs", True, 50, False
 
     def __init__(self, part: Drop = lambda kept: 0.0, whole: Drop = lambda kept: 0.0) -> None:
         self.part, self.whole = part, whole
@@ -40,6 +41,10 @@ class Told:
         self.made: dict[int, frozenset[int]] = {}
         self.everything: list[Proposal] = []
         self.raced = 0
+        self.slow: list[frozenset[int]] = []  # what is foretold to be slower than before
+
+    def hopeless(self, before: Model, after: Model) -> bool:
+        return self.made[id(after)] in self.slow
 
     def make(self, chosen: list[Proposal]) -> Attempt:
         model = capture.from_proto(networks.mlp())
@@ -184,7 +189,7 @@ def test_a_variant_is_taken_only_where_it_is_faster_beyond_doubt(ratios, taken):
     attempt, _ = full(told, everything)
     told.ratios = {str(i): r for i, r in enumerate(ratios)}
     variants = [everything[k + 1 :] for k in range(len(ratios))]
-    found = Search(told, told.make).quickest(attempt, variants)
+    found = Search(told, told.make).quickest(attempt.model, attempt, variants)
     assert told.raced == 1
     if taken is None:
         assert found is attempt
@@ -197,16 +202,49 @@ def test_a_variant_is_taken_only_where_it_is_faster_beyond_doubt(ratios, taken):
     assert entries["other"].reason == "its weight is no constant"
 
 
+def test_what_is_foretold_to_be_slower_is_not_raced():
+    """All four layers would be slower than before; of the variants, only the second would not."""
+    told: Any = Told()
+    everything = proposals([1.0] * 4)
+    attempt, _ = full(told, everything)
+    told.slow = [frozenset({0, 1, 2, 3}), frozenset({1, 2, 3})]
+    told.ratios = {"1": (0.5, 0.4, 0.6)}
+    variants = [everything[1:], everything[2:]]
+    found = Search(told, told.make).quickest(attempt.model, attempt, variants)
+    assert told.raced == 1 and [p.setting["rank"] for p in found.chosen[0]] == [2, 3]
+    told.slow.append(frozenset({2, 3}))
+    assert Search(told, told.make).quickest(attempt.model, attempt, variants) is attempt
+    assert told.raced == 1
+
+
+def test_seconds_decide_the_order_where_latency_is_the_goal_and_all_are_known():
+    """By MACs layer 1 is the worst trade; by seconds layer 0 is."""
+    damages, seconds = [1.0, 1.0, 0.1], [(5.0, 4.0), (5.0, 1.0), (5.0, 3.0)]
+    everything = [
+        replace(p, before=replace(p.before, seconds=a), after=replace(p.after, seconds=b))
+        for p, (a, b) in zip(proposals(damages, [20, 10, 10]), seconds, strict=True)
+    ]
+    for goal, looks in (("macs", [{0, 2}, {2}]), ("latency", [{1, 2}, {2}])):
+        told = Told(lambda kept: 9.0)
+        told.goal = goal
+        within(told, everything)
+        assert told.looks == [frozenset(look) for look in looks]
+    told = Told(lambda kept: 9.0)
+    told.goal = "latency"
+    within(told, [*everything[:2], replace(everything[2], after=Cost(macs=90))])  # of one it is not known: MACs
+    assert told.looks == [frozenset({0, 2}), frozenset({2})]
+
+
 def test_nothing_is_raced_without_variants_or_without_a_clock():
     told: Any = Told()
     attempt, _ = full(told, proposals([1.0] * 2))
-    assert Search(told, told.make).quickest(attempt, []) is attempt
+    assert Search(told, told.make).quickest(attempt.model, attempt, []) is attempt
     told.times = False
-    assert Search(told, told.make).quickest(attempt, [[attempt.chosen[0][0]]]) is attempt
+    assert Search(told, told.make).quickest(attempt.model, attempt, [[attempt.chosen[0][0]]]) is attempt
     assert told.raced == 0
 
 
 def test_the_stand_in_has_what_a_guard_has():
-    for name in ("quantity", "times", "choosing_samples", "drop", "judge", "race"):
+    for name in ("times", "choosing_samples", "drop", "judge", "race", "hopeless"):
         assert hasattr(Guard, name) and hasattr(Told, name)
-    assert {"chosen_on_part"} <= Guard.__dataclass_fields__.keys()
+    assert {"chosen_on_part", "goal"} <= Guard.__dataclass_fields__.keys()

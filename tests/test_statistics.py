@@ -150,7 +150,7 @@ def context_of(proto: onnx.ModelProto, count: int = 10) -> tuple[Model, Context,
     arrays = samples(proto, count)
     model, runtime = capture.from_proto(proto), Counting()
     data = open_data({"source": lambda: iter([arrays])}).for_model(model)
-    return model, Context(model, find("onnxruntime-cpu"), runtime, calibration=data), arrays, runtime
+    return model, Context(model, find("onnxruntime-avx2"), runtime, calibration=data), arrays, runtime
 
 
 def directly(proto: onnx.ModelProto, arrays: dict[str, np.ndarray], names: list[str], size: int) -> dict:

@@ -16,7 +16,7 @@ from effc.errors import BadInput, InvalidModel, PassFailed
 from effc.model import Model, shape_tuple
 from effc.registry import backend
 from effc.statistics import Mean, Request
-from effc.target import onnxruntime_cpu
+from effc.target import find
 from effc.verify import verify
 from tests.networks import Net, distance, feeds, run
 
@@ -56,7 +56,7 @@ def context() -> Context:
     samples = np.concatenate([feeds(chain(), seed=s)["input"] for s in range(4)])
     model = capture.from_proto(chain())
     data = open_data({"source": lambda: iter([{"input": samples}])}).for_model(model)
-    return Context(model, onnxruntime_cpu(frozenset()), backend("onnxruntime"), calibration=data)
+    return Context(model, find("onnxruntime-avx2"), backend("onnxruntime"), calibration=data)
 
 
 def recorded(model: Model) -> dict[str, tuple | None]:
