@@ -25,7 +25,7 @@ lint: .venv/.test-ready
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: .venv/.test-ready
-	set -e; for script in $(wildcard benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
+	set -e; for script in $(wildcard benchmarks/[a-z]*.py); do echo "== $$script"; $(BIN)/python $$script; done
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis digits-effc.onnx
