@@ -15,14 +15,17 @@ from effc.lowered import detour, integer, integer_cost
 from effc.model import Model
 from effc.traffic import traffic
 
+CLOSE = 1.2  # ratio up to which the prediction of a single kernel does not settle which of two is slower
+
 
 def layer_costs(
     model: Model, nodes: Sequence[ir.Node], context: Context, *, static: bool
 ) -> dict[ir.Node, tuple[Cost, Cost]]:
     """Cost of each layer as it is, and on codes.
 
-    Seconds of both are told where the target knows both kernels by measurement. What a layer takes as it is counts, for
-    one that would stand between integer layers, the way to floats and back: that is what leaving it alone costs.
+    Seconds of both are told where the target knows both kernels by measurement, and a loss is beyond doubt. What a
+    layer takes as it is counts, for one that would stand between integer layers, the way to floats and back: that is
+    what leaving it alone costs.
 
     Args:
         static: activations are codes between layers too.
@@ -43,6 +46,8 @@ def layer_costs(
     for node, (alone, lowered) in times.items():
         besides = detour(pairs[node][0]) if node in behind and node in ahead else ()
         stays = alone + (context.seconds(besides) if all(map(_measured(context), besides)) else 0.0)
+        if stays <= lowered < CLOSE * stays:
+            continue  # too close to tell: the stage is measured
         before, after = costs[node]
         costs[node] = replace(before, seconds=stays), replace(after, seconds=lowered)
     return costs

@@ -644,7 +644,7 @@ def test_a_layer_whose_integer_kernel_is_slower_stays_in_float_at_the_ends_only(
         "conv 32": 5,
         "conv-image": 3,
         "gemm-row": 4,
-        "qconv 32": 6,
+        "qconv 32": 7,
         "qconv 16": 9,
         "qgemm-row": 1,
         WAYS[0]: 2,
@@ -660,7 +660,7 @@ def test_a_layer_whose_integer_kernel_is_slower_stays_in_float_at_the_ends_only(
     timed["qconv 16"] = 1
     done, result = kept(plain(), (*KINDS, *WAYS), monkeypatch)
     assert done == {"a", "b", "c", "fc"}
-    timed |= {"qconv 32": 10}
+    timed |= {"qconv 32": 20}
     done, _ = kept(plain(), (*KINDS, *WAYS), monkeypatch)
     assert done == {"a", "fc"}
     assert kept(plain(), (*KINDS, *WAYS), monkeypatch, goal="size")[0] == {"a", "b", "c", "fc"}
