@@ -18,10 +18,10 @@ from effc import kernels as family_of
 from effc import regression
 from effc.cost import cost, operand_type
 from effc.kernels import LIKE, Kernel
-from effc.model import Model
+from effc.model import Model, collection_paused
 from effc.runtime import Backend
 from effc.target import Samples, Target
-from effc.traffic import VIEWS, traffic
+from effc.traffic import VIEWS, element_types, traffic
 
 ROOFLINE, MEASURED = "roofline", "measured"
 JITTER_US = 0.7  # in a kernel's measured time
@@ -83,7 +83,8 @@ def predict(
     """
     work = cost(model, batch, dims)
     if backend is None:
-        return _rooflines(model, target, batch, dims, threads)
+        with collection_paused():
+            return _rooflines(model, target, batch, dims, threads)
     kernels, stands_for = backend.kernels(model, batch, dims, threads)
     estimates = estimate(kernels, target, threads)
     members: dict[str, list[str]] = defaultdict(list)
@@ -106,12 +107,14 @@ def predict(
 def _rooflines(model: Model, target: Target, batch: int, dims: Mapping[str, int] | None, threads: int) -> Prediction:
     """Without the runtime: each node by itself, at the roof."""
     work, moved, roof = cost(model, batch, dims), traffic(model, batch, dims), target.roof(threads)
-    nodes, fused = {}, {}
+    nodes, fused, types = {}, {}, element_types(model)
     for node in model.graph:
         if node.op_type in VIEWS or node.name in work.unknown:
             fused[node.name] = ""
             continue
-        seconds = roof.seconds(work.nodes[node.name].macs, moved[node.name].total, operand_type(node))
+        macs = work.nodes[node.name].macs
+        dtype = operand_type(node, types) if macs else "float32"
+        seconds = roof.seconds(macs, moved[node.name].total, dtype)
         nodes[node.name] = Estimate(seconds, ROOFLINE_ERROR, ROOFLINE)
     seconds = roof.run_overhead + sum(e.seconds for e in nodes.values())
     notes = [f"every node by its roofline alone: {target.runtime} is not at hand to say what it fuses"]

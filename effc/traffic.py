@@ -73,7 +73,10 @@ def traffic(
             a kernel of its own.
     """
     sizes = tensor_bytes(model, batch, dims)
-    return _Walk(model, sizes, fused or {}).nodes()
+    if fused:
+        return _Walk(model, sizes, fused).nodes()
+    key = ("traffic", batch, tuple(sorted((dims or {}).items())))
+    return model.cached(key, lambda: _Walk(model, sizes, {}).nodes(), for_clones=True)
 
 
 def tensor_bytes(model: Model, batch: int = 1, dims: Mapping[str, int] | None = None) -> Mapping[str, int]:
