@@ -147,7 +147,7 @@ class OnnxRuntimeSession:
         """Outputs by name for inputs by name. Raises EffcError, in onnxruntime's words."""
         try:
             results: Sequence[Any] = self._session.run(None, feeds)
-        except Exception as error:
+        except Exception as error:  # no base of their own, and ValueError of its Python side for wrong feeds
             raise EffcError(f"onnxruntime does not run {self._name}: {one_line(error)}") from error
         return dict(zip(self.outputs, results, strict=True))
 

@@ -205,7 +205,7 @@ def _rows(bench: Bench, entry: Entry, skipped: list[str]) -> Iterator[Row]:
     for variant in (FLOAT, INT8):
         try:
             models[variant] = bench.zoo.model(entry, variant)
-        except Exception as error:
+        except Exception as error:  # whoever made it fails in his own way; it is listed, and the others go on
             skipped.append(f"{entry.name}, {variant}: {words(error)}")
     for batch in bench.options.batches if FLOAT in models else ():
         if why := bench.obstacle(models[FLOAT], batch, entry.dims):
@@ -288,7 +288,7 @@ def _sign(bench: Bench, pair: Pair, batch: int, skipped: list[str]) -> None:
     dims = pair.before.dims
     try:
         models = {k: bench.zoo.model(e, v) for (k, e), v in zip(entries.items(), pair.variants, strict=True)}
-    except Exception as error:
+    except Exception as error:  # whoever made it fails in his own way; it is listed, and the others go on
         skipped.append(f"{pair.name}: {words(error)}")
         return
     if why := bench.obstacle(models["before"], batch, dims):

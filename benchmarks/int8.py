@@ -250,7 +250,7 @@ def _timed(made: Candidate, make: Callable[[], object]) -> Candidate:
     try:
         with redirect_stdout(sys.stderr):
             make()
-    except Exception as error:
+    except Exception as error:  # peers raise what their own defects raise
         made.failure = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     made.seconds = time.perf_counter() - started
     return made

@@ -165,7 +165,7 @@ class _Tally:
                 self.divergence[name] = self.divergence.get(name, 0.0) + float(divergence(a, b).sum())
             self._add_squares(name, *_numbers(name, a, b, len(a) if a.ndim and len(a) == count else 1))
         if self.function is not None:
-            self._add_custom(outputs, reference, part, count)
+            self._add_custom(self.function, outputs, reference, part, count)
         elif self.metric in SHARES:
             self.right.append(self._right(outputs, reference, part))
 
@@ -194,10 +194,10 @@ class _Tally:
         ahead = (scores > own) | ((scores == own) & (np.arange(scores.shape[1]) < labels[:, None]))
         return (ahead.sum(axis=1) < 5) & np.isfinite(scores).all(axis=1)
 
-    def _add_custom(self, outputs: Outputs, reference: Outputs, part: Batch, count: int) -> None:
+    def _add_custom(self, function: Callable, outputs: Outputs, reference: Outputs, part: Batch, count: int) -> None:
         try:
-            values = np.asarray(self.function(outputs, part.labels, reference), np.float64)  # type: ignore[misc]
-        except Exception as error:
+            values = np.asarray(function(outputs, part.labels, reference), np.float64)
+        except Exception as error:  # the user's own code, which may raise anything
             raise BadInput(f"metric {self.metric!r} raised {type(error).__name__}: {error}") from error
         if values.shape != (count,) or not np.isfinite(values).all():
             raise BadInput(f"metric {self.metric!r} returned {values.shape}: it must return {count} finite numbers")

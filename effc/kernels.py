@@ -37,7 +37,7 @@ class Kernel:
             of them that comes out, run (elements worked on together), window, broadcast (0 or 1). All: moved (bytes in
             and out), around (bytes that the whole inference moves), near and far (bytes read that have left the near,
             and the far cache since they were touched last; see `left`).
-        macs: multiply-accumulates.
+        macs: multiply-accumulates; those of channels that a blocked layout pads count too.
         moved: bytes of its inputs, weights and outputs.
         dtype: type of the operands.
         known: False where shapes are not known, or it has a body of its own.

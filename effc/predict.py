@@ -37,7 +37,7 @@ class Estimate:
     Attributes:
         seconds: predicted.
         error: one standard deviation, as a share of `seconds`.
-        basis: "measured" kernels near this shape, or the "roofline" alone, which is a lower bound.
+        basis: "measured" kernels near this shape, or the "roofline" alone, all bytes from main memory.
     """
 
     seconds: float
@@ -150,7 +150,7 @@ def _closest(key: str, target: Target) -> str | None:
 
 
 def _measured(key: str, kernels: Sequence[Kernel], target: Target, threads: int) -> list[Estimate]:
-    size = element_size(key, target.kernels[1][key].columns)
+    size = element_size(key)
     described = [family_of.describe(k.dims, size) for k in kernels]
     terms, features = (np.array(part) for part in zip(*described, strict=True))
     us, error = _model(key, target.kernels[1][key]).predict(terms, features)
@@ -172,7 +172,7 @@ def ratio_terms(us_alone: np.ndarray) -> np.ndarray:
     return np.column_stack([np.ones(len(us_alone)), 1 / us_alone])
 
 
-def element_size(key: str, columns: Sequence[str]) -> int:
+def element_size(key: str) -> int:
     """Bytes of a weight of such kernels."""
     return 1 if key.startswith("q") else 4
 
@@ -184,7 +184,7 @@ def design(
 
     Values are microseconds; with more than one thread, shares of what one thread took.
     """
-    size = element_size(key, columns)
+    size = element_size(key)
     described = [family_of.describe(dict(zip(columns, row, strict=True)), size) for row in rows]
     terms, features = (np.array(part) for part in zip(*described, strict=True))
     us = np.array([row[-1] for row in rows])

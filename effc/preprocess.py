@@ -20,10 +20,8 @@ def prepare(raw: np.ndarray | list[np.ndarray], how: InputSpec, where: str) -> n
     else:
         image = raw.ndim == len(layout)
     if image:
-        if layout == "NHW":
-            raw = raw[..., None]  # type: ignore[index]
-        elif layout == "NCHW":
-            raw = raw.transpose(0, 2, 3, 1)  # type: ignore[union-attr]
+        if not isinstance(raw, list):
+            raw = raw[..., None] if layout == "NHW" else raw.transpose(0, 2, 3, 1) if layout == "NCHW" else raw
         if how.resize is not None or how.crop is not None:
             raw = [_crop(_resize(sample, how.resize), how.crop, where) for sample in raw]
         raw = _stack(raw, where).transpose(0, 3, 1, 2)

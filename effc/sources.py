@@ -209,7 +209,7 @@ class Function(Source):
                 offset += next(iter(lengths.values()))
         except BadInput:
             raise
-        except Exception as error:
+        except Exception as error:  # the user's own code, which may raise anything
             raise BadInput(f"{place} raised {type(error).__name__}: {error}") from error
 
     def arrays(self) -> list[str]:
