@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from effc.model import STANDARD_DOMAINS, Model, collection_paused
+from effc.model import STANDARD_DOMAINS, Model, collection_paused, size_of
 from effc.table import OpTable
 from effc.traffic import VIEWS, Types, element_type, traffic
 
@@ -68,6 +68,7 @@ class ModelCost:
 macs: OpTable = OpTable("MACs")
 MATRIX_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul", "ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul")
 INTEGER_OPS = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
+CONSTANTS = frozenset({"Constant", "ConstantOfShape"})
 MOVES = VIEWS | {"Transpose"}  # between DequantizeLinear and a product: the codes are the same
 FAR = 4  # so many of them are looked through
 
@@ -170,9 +171,8 @@ def _cost(model: Model, batch: int, dims: Mapping[str, int]) -> ModelCost:
     moved = traffic(model, batch, dims)
     nodes, unknown = {}, dict(model.not_analysed())
     counted: set[ir.Value] = set()
-    total = Cost()
     for node in model.graph:
-        count = 0
+        count = parameters = weight_bytes = 0
         rule = macs.find(node)
         if rule is not None:
             found = rule(node, shapes)
@@ -181,37 +181,46 @@ def _cost(model: Model, batch: int, dims: Mapping[str, int]) -> ModelCost:
             count = found or 0
         if moved[node.name].missing:
             unknown.setdefault(node.name, f"the sizes of what {node.op_type} reads or writes are not known")
-        own = Cost(macs=count, activation_bytes=moved[node.name].activations)
+        stored = [_constant_cost(node, shapes)] if node.op_type in CONSTANTS and node.domain in STANDARD_DOMAINS else []
         for value in node.inputs:
-            if value is not None and value not in counted and value.is_initializer():
+            if value is not None and value.is_initializer() and value not in counted:
                 counted.add(value)
-                own += _weight_cost(node, value)
-        if node.op_type in ("Constant", "ConstantOfShape") and node.domain in STANDARD_DOMAINS:
-            own += _constant_cost(node, shapes)
-        nodes[node.name] = own
-        total += own
+                stored.append(_weight_cost(node, value))
+        for numbers, size in stored:
+            parameters, weight_bytes = parameters + numbers, weight_bytes + size
+        nodes[node.name] = Cost(count, parameters, weight_bytes, moved[node.name].activations)
+    found = nodes.values()
+    total = Cost(
+        sum([c.macs for c in found]),
+        sum([c.parameters for c in found]),
+        sum([c.weight_bytes for c in found]),
+        sum([c.activation_bytes for c in found]),
+    )
     return ModelCost(total, nodes, unknown)
 
 
-def _weight_cost(node: ir.Node, value: ir.Value) -> Cost:
+def _weight_cost(node: ir.Node, value: ir.Value) -> tuple[int, int]:
+    """Parameters and bytes of a weight."""
     tensor = value.const_value
     if tensor is None:
-        return Cost()
+        return 0, 0
+    size, dtype = size_of(tensor), tensor.dtype
     scale_or_zero = node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.inputs[0] is not value
     is_parameter = not scale_or_zero and (
-        tensor.dtype.is_floating_point() or node.op_type == "DequantizeLinear" or "Integer" in node.op_type
+        dtype.is_floating_point() or node.op_type == "DequantizeLinear" or "Integer" in node.op_type
     )
-    return Cost(parameters=tensor.size if is_parameter else 0, weight_bytes=tensor.nbytes)
+    nbytes = tensor.nbytes if dtype == ir.DataType.STRING else -(-size * dtype.bitwidth // 8)
+    return size if is_parameter else 0, nbytes
 
 
-def _constant_cost(node: ir.Node, shapes: Shapes) -> Cost:
-    """A constant node's tensor is stored (Constant) or made at run time (ConstantOfShape: parameters, no bytes)."""
+def _constant_cost(node: ir.Node, shapes: Shapes) -> tuple[int, int]:
+    """Parameters and bytes of a constant node's tensor: it is stored (Constant), or made at run time, without bytes."""
     shape = _shape(shapes, node.outputs[0])
     value = node.attributes.get("value")
     if node.op_type == "Constant":
         if value is None:
-            return Cost()
+            return 0, 0
         tensor = value.as_tensor()
-        return Cost(parameters=tensor.size if tensor.dtype.is_floating_point() else 0, weight_bytes=tensor.nbytes)
+        return tensor.size if tensor.dtype.is_floating_point() else 0, tensor.nbytes
     is_float = value is None or value.as_tensor().dtype.is_floating_point()
-    return Cost(parameters=math.prod(shape) if shape and is_float else 0)
+    return math.prod(shape) if shape and is_float else 0, 0

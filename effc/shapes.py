@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import math
 from collections.abc import Mapping
+from copy import copy as shallow_copy
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,26 +16,42 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
-from effc.model import SMALL, STANDARD_DOMAINS, Model, collection_paused, constant_tensor, shape_tuple
+from effc.model import (
+    SMALL,
+    STANDARD_DOMAINS,
+    Model,
+    collection_paused,
+    constant_tensor,
+    in_files,
+    in_memory,
+    loaded,
+    placeholder,
+    shape_tuple,
+    size_of,
+)
 
 SYMBOLIC = "effc.symbolic_shape_infer"
 
 
+@collection_paused()
 def infer(model: Model, batch: int | None, dims: Mapping[str, int]) -> dict[str, tuple | None]:
     """Shape of every tensor of the main graph; see `Model.shapes`."""
-    proto = skeleton(model)
-    _fix_dims(proto.graph, batch, dims)
+    if batch is None and not dims:
+        proto = skeleton(model)
+    else:  # numbers stated here may contradict the inner shapes that are recorded
+        proto = _message(model, recorded=False)
+        _fix_dims(proto.graph, batch, dims)
     proto = onnx.shape_inference.infer_shapes(proto, strict_mode=False, data_prop=True)
     shapes = _read(proto.graph)
-    # A node's output may be missing altogether, or be there with unknown dimensions.
-    wanted = [v.name for node in model.graph for v in node.outputs if v.name]
 
     def unknown(name: str) -> bool:
         # With a batch stated, a symbol left is one that inference made up.
         shape = shapes.get(name)
         return shape is None or any(d is None or (batch is not None and isinstance(d, str)) for d in shape)
 
-    if any(map(unknown, wanted)) and len(wanted) < 5000:
+    # A node's output may be missing altogether, or be there with unknown dimensions.
+    wanted = [v.name for node in model.graph for v in node.outputs if v.name]
+    if len(wanted) < 5000 and any(map(unknown, wanted)):
         for name, shape in _symbolic(proto).items():
             if unknown(name):
                 shapes[name] = shape
@@ -197,15 +214,42 @@ def slice_bounds(node: ir.Node) -> tuple[list[int], list[int], list[int] | None,
 def skeleton(model: Model) -> onnx.ModelProto:
     """The model as a message without its large weights, which become graph inputs of the same name and shape."""
     proto = onnx.ModelProto()
-    proto.CopyFrom(model.cached("skeleton", lambda: _skeleton(model), for_clones=True))  # the caller's own to change
+    proto.CopyFrom(model.cached("skeleton", lambda: _message(model), for_clones=True))  # the caller's own to change
     return proto
 
 
 @collection_paused()
-def _skeleton(model: Model) -> onnx.ModelProto:
-    copy = model.clone().ir
-    strip(copy)
-    return ir.to_proto(copy)
+def _message(model: Model, recorded: bool = True) -> onnx.ModelProto:
+    """What `strip` would leave of the model, without a copy; `recorded`: with types and shapes of inner tensors."""
+    source = model.ir
+    if any(map(in_files, (source.graph, *source.functions.values()))):
+        source = source.clone()
+        strip(source)
+    graph, serde = source.graph, ir.serde
+    weights = graph.initializers.values()
+    large = {v: placeholder(v) for v in weights if v.const_value is not None and size_of(v.const_value) > SMALL}
+    small = [loaded(v) for v in weights if v not in large]
+    shell = shallow_copy(source)
+    shell.graph = ir.GraphView(
+        [large.get(v, v) for v in graph.inputs] + [v for old, v in large.items() if not old.is_graph_input()],
+        [large.get(v, v) for v in graph.outputs],
+        nodes=graph if recorded else (),
+        initializers=small if recorded else (),
+        doc_string=graph.doc_string,
+        opset_imports=graph.opset_imports,
+        name=graph.name,
+        metadata_props=graph.metadata_props,
+    )
+    proto = ir.to_proto(shell)
+    if not recorded:  # a whole graph is written with what is recorded; nodes and tensors are not
+        for node in graph:
+            serde.serialize_node_into(proto.graph.node.add(), node, model_ir_version=source.ir_version)
+        for value in small:
+            if value.const_value is not None:
+                tensor = proto.graph.initializer.add()
+                serde.serialize_tensor_into(tensor, value.const_value)
+                tensor.name = value.name
+    return proto
 
 
 def strip(copy: ir.Model) -> dict[str, ir.TensorProtocol]:
@@ -213,7 +257,7 @@ def strip(copy: ir.Model) -> dict[str, ir.TensorProtocol]:
     weights = {}
     for value in list(copy.graph.initializers.values()):
         tensor = value.const_value
-        if tensor is None or tensor.size <= SMALL:
+        if tensor is None or size_of(tensor) <= SMALL:
             continue
         weights[value.name] = tensor
         value.shape, value.type = ir.Shape(tensor.shape), ir.TensorType(tensor.dtype)
@@ -223,23 +267,17 @@ def strip(copy: ir.Model) -> dict[str, ir.TensorProtocol]:
     for graph in copy.graphs():
         for value in graph.initializers.values():
             if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = _in_memory(value.const_value)
+                value.const_value = in_memory(value.const_value)
     for graph in (copy.graph, *copy.functions.values()):
         for node in graph.all_nodes():
             for key, attribute in list(node.attributes.items()):
                 if not attribute.is_ref() and isinstance(attribute.value, ir.ExternalTensor):
-                    node.attributes[key] = ir.AttrTensor(key, _in_memory(attribute.value))
+                    node.attributes[key] = ir.AttrTensor(key, in_memory(attribute.value))
     return weights
-
-
-def _in_memory(tensor: ir.ExternalTensor) -> ir.Tensor:
-    return ir.Tensor(tensor.numpy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def _fix_dims(graph: onnx.GraphProto, batch: int | None, dims: Mapping[str, int]) -> None:
     """Put numbers for symbols into the inputs; forget recorded inner shapes, which would contradict them."""
-    if batch is None and not dims:
-        return
     values = dict(dims)
     for info in graph.input:
         shape = info.type.tensor_type.shape.dim
@@ -258,11 +296,11 @@ def _fix_dims(graph: onnx.GraphProto, batch: int | None, dims: Mapping[str, int]
 def _read(graph: onnx.GraphProto) -> dict[str, tuple | None]:
     shapes: dict[str, tuple | None] = {}
     for info in (*graph.input, *graph.value_info, *graph.output):
-        if not info.type.tensor_type.HasField("shape"):
-            continue
-        shapes[info.name] = tuple(
-            d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in info.type.tensor_type.shape.dim
-        )
+        tensor = info.type.tensor_type
+        if tensor.HasField("shape"):
+            shapes[info.name] = tuple(
+                [d.dim_value or (0 if d.HasField("dim_value") else d.dim_param or None) for d in tensor.shape.dim]
+            )
     return shapes
 
 
@@ -301,4 +339,4 @@ def _symbolic_module() -> ModuleType:
 
 def stored_size(model: Model) -> int:
     """Bytes that the model takes as files, its external data included."""
-    return skeleton(model).ByteSize() + sum(t.nbytes for t in model.tensors() if t.size > SMALL)
+    return skeleton(model).ByteSize() + sum(t.nbytes for t in model.tensors() if size_of(t) > SMALL)

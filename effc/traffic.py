@@ -86,8 +86,9 @@ def tensor_bytes(model: Model, batch: int = 1, dims: Mapping[str, int] | None = 
     def sizes() -> dict[str, int]:
         types, found = element_types(model), {}
         for name, shape in model.shapes(batch, dims).items():
-            if name in types and shape is not None and all(isinstance(d, int) for d in shape):
-                found[name] = -(-math.prod(shape) * types[name].bitwidth // 8)
+            dtype = types.get(name)
+            if dtype is not None and shape is not None and all(isinstance(d, int) for d in shape):
+                found[name] = -(-math.prod(shape) * dtype.bitwidth // 8)
         return found
 
     return model.cached(key, sizes, for_clones=True)
@@ -109,7 +110,7 @@ class _Walk:
 
     def _node(self, node: ir.Node) -> Moved:
         op = node.op_type if node.domain in STANDARD_DOMAINS else None
-        inputs = list(dict.fromkeys(self._codes(v) for v in node.inputs if v is not None))
+        inputs = list(dict.fromkeys([self._codes(v) if self.fused else v for v in node.inputs if v is not None]))
         if op is not None and op not in RANDOM and all(map(self._is_weight, inputs)):
             if op != "DequantizeLinear" and not any(v in self.coded for v in inputs):
                 self.made.update(node.outputs)
@@ -124,12 +125,13 @@ class _Walk:
         most = 0 if op in LOOKS else sum(self._size(v) or 0 for v in node.outputs) if op in PICKS else math.inf
         weights, tensors, missing = 0, [], 0
         for value in inputs:
-            if most == 0 or value in self.coded or not self._first(value, kernel):
+            weight = self._is_weight(value)
+            if most == 0 or value in self.coded or not (self._new(value) if weight else self._first(value, kernel)):
                 continue
             size = self._size(value)
             if size is None:
                 missing += 1
-            elif self._is_weight(value):
+            elif weight:
                 weights += min(size, most)
             else:
                 tensors.append((min(size, most), size))
@@ -158,12 +160,15 @@ class _Walk:
     def _is_weight(self, value: ir.Value) -> bool:
         return value.is_initializer() or value in self.made or value in self.coded
 
+    def _new(self, weight: ir.Value) -> bool:
+        """Whether this read of a weight counts: once in a model."""
+        if weight in self.weights:
+            return False
+        self.weights.add(weight)
+        return True
+
     def _first(self, value: ir.Value, kernel: str) -> bool:
-        """Whether this read counts: weights once in a model, activations once in a kernel that did not make them."""
-        if self._is_weight(value):
-            new = value not in self.weights
-            self.weights.add(value)
-            return new
+        """Whether this read of an activation counts: once in a kernel that did not make it."""
         producer = value.producer()
         if producer is not None and self._kernel(producer) == kernel:
             return False
@@ -183,10 +188,15 @@ def element_types(model: Model) -> Types:
 
     def types() -> dict[str, ir.DataType]:
         found: dict[str, ir.DataType] = {}
+        told = True
         for value in model.values():
-            if value.name and (dtype := element_type(value, found)) is not None:
-                found[value.name] = dtype
-        if any(v.name and v.name not in found for v in model.values()):  # what a function or a branch gives
+            if not (name := value.name) or name in found:
+                continue
+            if (dtype := value.dtype) is None and (dtype := element_type(value, found)) is None:
+                told = False
+            else:
+                found[name] = dtype
+        if not told:  # what a function or a branch gives
             facts = proven(model)
             found = {name: fact.dtype for name, fact in facts.items() if fact.dtype is not None} | found
         return found

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from effc import capture
 from effc.cost import Cost, cost, operand_type
 from effc.model import Model
+from effc.shapes import _message, skeleton, strip
 from effc.traffic import element_types
 from tests import networks
 from tests.networks import Net
@@ -210,6 +211,35 @@ def test_the_operands_of_integer_operators_and_of_what_is_not_known():
     assert operand_type(ir.Node("", "MatMul", [ir.Value(name="x"), ir.Value(name="w")])) == "float32"
     unsigned = ir.Value(name="x", type=ir.TensorType(ir.DataType.UINT32))
     assert operand_type(ir.Node("", "MatMul", [unsigned, unsigned])) == "int32"
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_messages_for_inference_are_what_strip_leaves(external, tmp_path):
+    large, small = (
+        numpy_helper.from_array(np.ones(n, np.float32), name) for n, name in ((1600, "large"), (40, "small"))
+    )
+    held = helper.make_node("Constant", [], ["held"], value=numpy_helper.from_array(np.ones(40, np.float32), "held"))
+    nodes = [held, helper.make_node("Add", ["x", "small"], ["y"]), helper.make_node("Add", ["y", "held"], ["z"])]
+    infos = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", ["N", 40]), ("z", ["N", 40]))]
+    made = helper.make_graph(nodes, "g", infos[:1], [*infos[1:]], [large, small])
+    made.value_info.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 40]))
+    file = tmp_path / "m.onnx"
+    onnx.save(
+        helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8),
+        file,
+        save_as_external_data=external,
+        size_threshold=0,
+        convert_attribute=True,
+    )
+    model = Model(ir.load(file))
+    before, copied = model.proto().SerializeToString(deterministic=True), model.ir.clone()
+    strip(copied)
+    expected = ir.to_proto(copied)
+    assert skeleton(model) == expected
+    assert {v.name for v in expected.graph.input} == {"x", "large"}
+    del expected.graph.value_info[:]
+    assert _message(model, recorded=False) == expected
+    assert model.proto().SerializeToString(deterministic=True) == before
 
 
 def test_20000_nodes_take_less_than_two_seconds():
