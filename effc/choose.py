@@ -44,6 +44,26 @@ def choose(proposals: Sequence[Proposal], budget: Mapping[str, float], total: Co
     return [p for p in proposals if taken.get(p.site) is p]
 
 
+def spend_damage(proposals: Sequence[Proposal], limit: float, quantity: str) -> list[Proposal]:
+    """The proposals that save most of a quantity of `Cost` for so much damage in all, in the order of `proposals`."""
+    sites, weights = _by_site(proposals), {quantity: 1.0}
+    heap, taken, spent = [], {}, 0.0
+    for number, (site, alternatives) in enumerate(sites.items()):
+        if steps := _hull([p for p in alternatives if _gain(p, weights) > 0], weights):
+            heapq.heappush(heap, (_slope(None, steps[0], weights), number, site, steps))
+    while heap:
+        _, number, site, steps = heapq.heappop(heap)
+        before = taken.get(site)
+        more = (steps[0].damage or 0.0) - ((before.damage or 0.0) if before else 0.0)
+        if spent + more > limit:
+            continue  # a smaller step of another site may still fit
+        spent += more
+        taken[site] = steps[0]
+        if steps[1:]:
+            heapq.heappush(heap, (_slope(steps[0], steps[1], weights), number, site, steps[1:]))
+    return [p for p in proposals if taken.get(p.site) is p]
+
+
 def unreached(chosen: Sequence[Proposal], budget: Mapping[str, float], total: Cost) -> dict[str, float]:
     """Budgets that a choice is predicted to miss -> what it reaches: shares kept, and times as fast."""
     missed = {}

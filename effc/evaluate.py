@@ -8,7 +8,7 @@ as infinite; of the reference it is bad input.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -121,6 +121,14 @@ def evaluate(
             tally.add(outputs[name], outputs[reference], part, count)
         done(count)
     return {name: tally.score() for name, tally in tallies.items()}
+
+
+def damage(models: Sequence[Outputs], reference: Sequence[Outputs]) -> float:
+    """`Score.damage` of outputs that are at hand already, batch by batch, from the reference's."""
+    tally = _Tally("kl", None, "")
+    for outputs, wanted in zip(models, reference, strict=True):
+        tally.add(outputs, wanted, Batch({}, None), len(next(iter(wanted.values()))))
+    return tally.score().damage
 
 
 def _known_metric(metric: str | None, data: Data, outputs: Outputs, count: int) -> str:

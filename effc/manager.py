@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from effc import edit
-from effc.choose import QUANTITIES, choose, unreached
+from effc.choose import QUANTITIES, choose, decisive, spend_damage, unreached
 from effc.contract import Context, Pass, Proposal, Skipped
 from effc.cost import Cost, cost
 from effc.errors import BadInput, EffcError, PassFailed
@@ -214,7 +214,12 @@ class PassManager:
         budget = {name: value for name, value in step.budget().items() if name in QUANTITIES}
         total = self._whole(budget, model, record)
         goals = Stage([step]).goals or (self.guard.goal,)
-        chosen, dropped = self.guard.worthwhile(choose(proposals, budget, total), record, goals)
+        damage = step.budget().get("damage")
+        if damage is None or budget:
+            chosen = choose(proposals, budget, total)
+        else:
+            chosen = spend_damage(proposals, damage, decisive(goals[0], proposals))
+        chosen, dropped = self.guard.worthwhile(chosen, record, goals)
         for name, reached in unreached(chosen, budget, total).items():
             record.notes.append(f"{name}={budget[name]:g} is out of reach: {reached:.3g}, going by its proposals")
         done = {node for p in chosen for node in p.nodes}

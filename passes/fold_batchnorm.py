@@ -66,7 +66,7 @@ class _Fold:
 
 def _plan(norm: ir.Node, ranks: Mapping[str, int]) -> _Fold | str:
     """How to fold one norm, or why it stays."""
-    numbers = _scale_and_shift(norm)
+    numbers = scale_and_shift(norm)
     if isinstance(numbers, str):
         return numbers
     ways = [_into_previous, _into_next]
@@ -82,7 +82,7 @@ def _plan(norm: ir.Node, ranks: Mapping[str, int]) -> _Fold | str:
     return "; ".join(reasons)
 
 
-def _scale_and_shift(norm: ir.Node) -> tuple[np.ndarray, np.ndarray] | str:
+def scale_and_shift(norm: ir.Node) -> tuple[np.ndarray, np.ndarray] | str:
     """s and t of y = s x + t, one number a channel, in float64."""
     if norm.attributes.get_int("training_mode", 0) or sum(bool(v.name) for v in norm.outputs) > 1:
         return "it runs in training mode, with the statistics of each batch"

@@ -1,0 +1,213 @@
+"""Calibration samples taken through a model step by step, for passes that look at one layer after another.
+
+What has been computed stays as long as a node that has not run yet reads it: all steps together cost one pass over the
+samples, however many layers there are, where a run from the inputs for each would cost half as many. What is kept at
+once is bounded: the samples are so many that the widest place of the model fits.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from effc import edit
+from effc.data import Data, padded
+from effc.errors import BadInput
+from effc.model import Model
+from effc.runtime import Backend
+
+BYTES = 384 * 2**20  # of what is kept at once for one model
+BATCH = 32
+LEAST = 8  # samples
+
+Values = dict[str, np.ndarray]
+
+
+def samples(model: Model, data: Data, most: int) -> list[Values]:
+    """Feeds in batches, so many samples in all that a walk over the model stays within `BYTES`, at most `most`."""
+    bound = data.for_model(model)
+    each = max(_widest(model), 1)
+    count = int(min(most, max(LEAST, BYTES // each)))
+    batch = model.batch or min(BATCH, count)
+    found = []
+    for batch_data in bound.first(count).batches(batch):
+        found.append({name: np.asarray(values) for name, values in batch_data.feeds.items()})
+    if model.batch is not None and found and len(next(iter(found[-1].values()))) < batch:
+        found[-1:] = [padded(found[-1], batch)] if len(found) == 1 else []
+    return found
+
+
+class Walk:
+    """A model on its way over samples. The part of it that has not run yet may be edited in between.
+
+    Args:
+        model: what runs.
+        feeds: inputs, in batches that are run one by one (`samples`).
+        keep: tensors that stay once they were computed, until `release`.
+    """
+
+    def __init__(
+        self, model: Model, backend: Backend, feeds: Sequence[Mapping[str, np.ndarray]], *, threads: int = 1,
+        keep: Collection[str] = (),
+    ) -> None:  # fmt: skip
+        self.model, self.backend, self.threads = model, backend, threads
+        self._batches: list[Values] = [dict(batch) for batch in feeds]
+        self._feeds = list(feeds) if any(map(_held, model.graph)) else None
+        self._keep = set(keep)
+        self._done: set[ir.Node] = set()
+
+    def to(self, *tensors: str) -> list[Values]:
+        """Values of these tensors, batch by batch; what they need and has not run yet runs now.
+
+        Raises:
+            BadInput: the samples drive the model to NaN or infinity.
+        """
+        missing = [name for name in dict.fromkeys(tensors) if name not in self._batches[0]]
+        if missing:
+            self._run(missing)
+        found = [{name: batch[name] for name in tensors} for batch in self._batches]
+        self._drop(set(tensors))
+        return found
+
+    def outputs(self) -> list[Values]:
+        """The model's outputs, batch by batch."""
+        return self.to(*(v.name for v in self.model.graph.outputs))
+
+    def fork(self, batches: int | None = None) -> Walk:
+        """Another walk from here, over the first batches; this one stays where it is."""
+        other = copy.copy(self)
+        other._batches = [dict(batch) for batch in self._batches[:batches]]
+        other._feeds = None if self._feeds is None else self._feeds[:batches]
+        other._keep, other._done = set(self._keep), set(self._done)
+        return other
+
+    def changed(self, node: ir.Node, weight: np.ndarray, shift: np.ndarray, batches: int | None = None) -> Walk:
+        """A walk from behind a node, as if its weight (input 1) were another of the same shape.
+
+        Args:
+            shift: added to what it makes.
+        """
+        other = self.fork(batches)
+        entries = [v for v in node.inputs if v is not None and not v.is_initializer()]
+        made = node.outputs[0].name
+        before = other.to(*(v.name for v in entries))
+        part = other._part({node}, entries, node.outputs)
+        edit.set_initializer(part, part.value(node.inputs[1].name), weight)
+        session = self.backend.session(part, threads=self.threads)
+        for batch, values in zip(other._batches, before, strict=True):
+            batch[made] = session.run(values)[made] + shift
+        other._done.add(node)
+        return other
+
+    def release(self, name: str) -> None:
+        """A tensor that was kept need not be any more."""
+        self._keep.discard(name)
+
+    def forget(self, name: str) -> None:
+        """What a tensor was: the nodes that make it have changed."""
+        for batch in self._batches:
+            batch.pop(name, None)
+
+    def _run(self, names: Sequence[str]) -> None:
+        known = {v.name: v for v in self.model.values()}
+        available = self._batches[0].keys()
+        needed, entries = _between([known[name] for name in names], available)
+        if self._feeds is not None:
+            session = self.backend.session(edit.cut(self.model, list(names)), threads=self.threads)
+            for batch, feeds in zip(self._batches, self._feeds, strict=True):
+                batch |= _finite(session.run(feeds))
+            return
+        # What others will read is an output as well.
+        outputs = {v.name: v for node in needed for v in node.outputs if v.name in names or self._awaited(v, needed)}
+        session = self.backend.session(self._part(needed, entries, list(outputs.values())), threads=self.threads)
+        self._done |= needed
+        for batch in self._batches:
+            batch |= _finite(session.run({v.name: batch[v.name] for v in entries}))
+
+    def _part(self, needed: Collection[ir.Node], entries: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> Model:
+        """The part of the model between some tensors and others, as a model of its own."""
+        graph, ordered = self.model.graph, [node for node in self.model.graph if node in needed]
+        weights = {v.name: v for node in ordered for v in node.inputs if v is not None and v.is_initializer()}
+        view = ir.GraphView(
+            entries, outputs, nodes=ordered, initializers=tuple(weights.values()), name=graph.name,
+            opset_imports=graph.opset_imports,
+        )  # fmt: skip
+        part = view.clone()
+        for value in (*part.inputs, *part.outputs):
+            value.shape = None if value.producer() is not None else _rank_only(value)
+        for value, before in zip(part.inputs, entries, strict=True):
+            value.type = value.type or ir.TensorType(ir.DataType.from_numpy(self._batches[0][before.name].dtype))
+        whole = ir.Model(part, ir_version=self.model.ir.ir_version, functions=self.model.ir.functions.values())
+        return Model(whole, self.model.name)
+
+    def _awaited(self, value: ir.Value, running: Collection[ir.Node]) -> bool:
+        return value.name in self._keep or any(
+            node not in running and node not in self._done for node in value.consumers()
+        )
+
+    def _drop(self, wanted: Collection[str]) -> None:
+        """Forget what no node will read."""
+        known = {v.name: v for v in self.model.values()}
+        for name in list(self._batches[0]):
+            if name in self._keep or (name in known and self._awaited(known[name], ())):
+                continue
+            self.forget(name)
+
+
+def _between(targets: Sequence[ir.Value], available: Collection[str]) -> tuple[set[ir.Node], list[ir.Value]]:
+    """The nodes that make some tensors of those available, and which of these they read."""
+    needed: set[ir.Node] = set()
+    entries: dict[str, ir.Value] = {}
+    waiting = list(targets)
+    while waiting:
+        value = waiting.pop()
+        if value.name in available:
+            entries[value.name] = value
+        elif (node := value.producer()) is not None:
+            if node not in needed:
+                needed.add(node)
+                waiting += [v for v in node.inputs if v is not None]
+        elif not value.is_initializer():
+            raise BadInput(f"{value.name!r} is not there any more")
+    return needed, list(entries.values())
+
+
+def _held(node: ir.Node) -> bool:
+    return any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
+
+
+def _rank_only(value: ir.Value) -> ir.Shape | None:
+    return None if value.shape is None else ir.Shape([None] * len(value.shape))
+
+
+def _finite(values: Mapping[str, np.ndarray]) -> Values:
+    for name, array in values.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise BadInput(f"the calibration data drive {name!r} to NaN or infinity; check their preprocessing")
+    return {name: np.asarray(array) for name, array in values.items()}
+
+
+def _widest(model: Model) -> int:
+    """Bytes of the tensors that are alive at once, for one sample, at most; of unknown shapes nothing is counted."""
+    batch = model.batch or 1
+    shapes = model.shapes(batch)
+
+    def size(value: ir.Value) -> int:
+        shape = shapes.get(value.name)
+        return 0 if shape is None or not all(isinstance(d, int) for d in shape) else 4 * math.prod(shape)
+
+    left = {v: len(v.uses()) for v in model.values() if not v.is_initializer()}
+    alive = most = sum(size(v) for v in model.graph.inputs if v in left)
+    for node in model.graph:
+        alive += sum(size(v) for v in node.outputs)
+        most = max(most, alive)
+        for value in node.inputs:
+            if value in left:
+                left[value] -= 1
+                alive -= size(value) if left[value] == 0 else 0
+        alive -= sum(size(v) for v in node.outputs if not left.get(v))
+    return most // batch

@@ -1,0 +1,84 @@
+"""Samples of what a layer meets and should make, drawn from walks over a model and over the original."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from effc.walk import Walk
+
+from ._factors import Layer
+from ._reconstruction import Seen
+from ._sites import Site
+
+MOST_NUMBERS, MOST_SAMPLES = 40_000_000, 24_576  # in all patches of one layer; of one layer
+
+
+def observe(site: Site, here: Walk, there: Walk, *, seed: int = 0) -> Seen:
+    """What a layer meets on the way through one model, and what should come out according to another.
+
+    Args:
+        here: what comes in, and what a sum adds.
+        there: what should stand before the activation.
+    """
+    found = here.to(*filter(None, (site.input, site.added)))
+    wanted = there.to(site.end)
+    rng, parts = np.random.default_rng(seed), []
+    counts = [batch[site.end].size // site.layer.outputs for batch in wanted]
+    for now, then, chosen in zip(found, wanted, _drawn(site, counts, rng), strict=True):
+        beside = None if site.added is None else _rows(site, now[site.added])[chosen]
+        parts.append((_patches(site, now[site.input], chosen), _rows(site, then[site.end])[chosen], beside))
+    patches, outputs, others = (_joined(each) for each in zip(*parts, strict=True))
+    return Seen(patches, outputs, others, site.low, site.high)
+
+
+def inputs(site: Site, walk: Walk, *, seed: int = 0) -> np.ndarray:
+    """Patches [S, C kh kw] that a layer meets."""
+    found = [batch[site.input] for batch in walk.to(site.input)]
+    rng = np.random.default_rng(seed)
+    counts = [_positions(site, x) for x in found]
+    return _joined([_patches(site, x, chosen) for x, chosen in zip(found, _drawn(site, counts, rng), strict=True)])
+
+
+def _drawn(site: Site, counts: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:
+    """Output positions to look at, batch by batch, counted over all images of the batch."""
+    most = min(MOST_SAMPLES, MOST_NUMBERS // site.layer.matrix.shape[1])
+    share = min(1.0, most / max(sum(counts), 1))
+    return [np.sort(rng.permutation(count)[: max(1, round(share * count))]) for count in counts]
+
+
+def _positions(site: Site, x: np.ndarray) -> int:
+    """Output positions for an input of the layer."""
+    return x.size // x.shape[-1] if site.dense else math.prod(_windows(site.layer, x).shape[i] for i in (0, 2, 3))
+
+
+def _rows(site: Site, made: np.ndarray) -> np.ndarray:
+    """Outputs as [positions, N]."""
+    made = made if site.dense else np.moveaxis(made, 1, -1)
+    return made.reshape(-1, site.layer.outputs)
+
+
+def _patches(site: Site, x: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """What the kernel meets at chosen output positions, [s, C kh kw]."""
+    if site.dense:
+        return x.reshape(-1, x.shape[-1])[chosen]
+    windows = _windows(site.layer, x)
+    image, row, column = np.unravel_index(chosen, (len(x), *windows.shape[2:4]))
+    return windows[image, :, row, column].reshape(len(chosen), -1)
+
+
+def _windows(layer: Layer, images: np.ndarray) -> np.ndarray:
+    """Views [n, C, H', W', kh, kw] of what the kernel meets."""
+    images = images[:, :, None, :] if images.ndim == 3 else images
+    top, left, bottom, right = layer.pads
+    padded = np.pad(images, ((0, 0), (0, 0), (top, bottom), (left, right)))
+    reach = [gap * (k - 1) + 1 for gap, k in zip(layer.dilations, layer.kernel, strict=True)]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, reach, axis=(2, 3))
+    return windows[:, :, :: layer.strides[0], :: layer.strides[1], :: layer.dilations[0], :: layer.dilations[1]]
+
+
+def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
+    known = [part for part in parts if part is not None]
+    return np.concatenate(known).astype(np.float32, copy=False) if known else None

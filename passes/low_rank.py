@@ -1,0 +1,225 @@
+"""Conv(k x k, C -> N)  ->  a chain of smaller convolutions; Gemm(K -> N)  ->  Gemm(K -> r) . Gemm(r -> N).
+
+Which chain is a method's business, one file each: `_filters` (Zhang et al. 2016), `_separable` (Jaderberg et al.
+2014), `_tucker` (Kim et al. 2016), `_cp` (Lebedev et al. 2015), `_decoupled` (Guo et al. 2018). Here each layer gets
+the method and the rank that pay best: what a chain takes is predicted on the target, what it hurts is measured on
+calibration data, and the budget is spent over all layers at once. Chains are then fitted one after another, each to
+what the original makes from what it gets itself (`_reconstruction`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+from pydantic import Field
+
+from effc.contract import Context, Pass, Proposal, Skipped
+from effc.cost import Cost
+from effc.model import Model
+from effc.walk import Walk, samples
+
+from ._chain_costs import ChainCosts, Place
+from ._cp import CP
+from ._decoupled import Decoupled
+from ._factors import Method, error
+from ._filters import Filters, Filters3d
+from ._observed import inputs, observe
+from ._reconstruction import reconstruct, spread
+from ._separable import Separable, SeparableBasis
+from ._sites import Site, find, layers, put
+from ._split_damage import sensitivity, worth
+from ._tucker import Tucker
+
+METHODS: dict[str, type[Method]] = {
+    kind.name: kind for kind in (Filters, Filters3d, Separable, SeparableBasis, Tucker, CP, Decoupled)
+}
+AUTO = ("filters", "filters-3d", "separable", "tucker", "depthwise")  # the others seldom win and take long to fit
+SAMPLES, BATCHES = 512, 4  # to fit to; batches of them to measure damage on
+DAMAGE = 0.05
+
+
+@dataclass(frozen=True)
+class LowRank(Pass):
+    """Convolutions and dense layers as chains of smaller ones."""
+
+    name: ClassVar[str] = "low-rank"
+
+    method: Annotated[
+        Literal["auto", "filters", "filters-3d", "separable", "separable-basis", "tucker", "cp", "depthwise"],
+        Field(description="which chains to choose from; auto: for each layer what pays best"),
+    ] = "auto"
+    nonlinear: Annotated[bool, Field(description="fit what comes out behind the activation")] = True
+    asymmetric: Annotated[
+        bool, Field(description="fit to the original what stands behind layers that are approximations already")
+    ] = True
+    multiple: Annotated[int | None, Field(ge=1, description="ranks are multiples of it; None: as kernels like")] = None
+    min_gain: Annotated[
+        float, Field(ge=1, description="how many times cheaper a layer must get, as predicted, to be rewritten")
+    ] = 1.1
+    macs: Annotated[float | None, Field(gt=0, le=1, description="share of multiply-accumulates to keep at most")] = None
+    size: Annotated[float | None, Field(gt=0, le=1, description="share of weight bytes to keep at most")] = None
+    speedup: Annotated[float | None, Field(ge=1, description="predicted latency before over after, at least")] = None
+    damage: Annotated[
+        float | None, Field(gt=0, description="predicted divergence to spend, nats a sample; 0.05 without a budget")
+    ] = None
+    max_drop: Annotated[
+        float | None, Field(ge=0, description="points of the metric to lose at most; needs evaluation data")
+    ] = None
+
+    def budget(self) -> Mapping[str, float]:
+        given = super().budget()
+        return given if {"macs", "size", "speedup", "damage"} & given.keys() else {**given, "damage": DAMAGE}
+
+    def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
+        shapes = model.shapes(context.batch, context.dims)
+        sites = {node: find(model, node, shapes) for node in layers(model)}
+        yield from (Skipped(node.name, why) for node, why in sites.items() if isinstance(why, str))
+        costs = ChainCosts(context)
+        planned: list[tuple[Site, Cost, list[_Option]]] = []
+        for site in (s for s in sites.values() if isinstance(s, Site)):
+            found = self._options(site, model, shapes, costs, context)
+            if isinstance(found, str):
+                yield Skipped(site.name, found)
+            else:
+                planned.append((site, context.cost_of(model, [site.name]), found))
+        walk, reference = None, []
+        if context.calibration is not None and planned:
+            feeds = samples(model, context.calibration, SAMPLES)
+            walk = Walk(model, context.backend, feeds, threads=context.threads)
+            reference = walk.fork(BATCHES).outputs()
+        advance = context.progress("weighing low-rank chains", len(planned))
+        for site, before, options in planned:
+            patches = None if walk is None else inputs(site, walk, seed=context.seed)
+            covariance = None if patches is None else spread(patches)
+            errors = [error(site.layer, o.fit(site.layer, covariance, context.seed), covariance) for o in options]
+            price = 1.0
+            if patches is not None:
+                mean = patches.mean(axis=0, dtype=np.float64)
+                price = sensitivity(site, walk, reference, options, errors, covariance, mean, context.seed)
+            for option, off in zip(options, errors, strict=True):
+                yield Proposal(site.name, (site.name,), option.setting, before, option.after(before), worth(price, off))
+            advance(1)
+
+    def _options(
+        self, site: Site, model: Model, shapes: Mapping[str, tuple | None], costs: ChainCosts, context: Context
+    ) -> list[_Option] | str:
+        """The chains that are cheaper by `min_gain`, or why there is none."""
+        place = _place(site, model, shapes, context)
+        if isinstance(place, str):
+            return place
+        whole = costs.of(site, place, [site.layer.whole(site.layer.weight)])
+        quantity = self._quantity(context, whole)
+        found, refused, best = [], [], 1.0
+        for name in AUTO if self.method == "auto" else (self.method,):
+            kind = METHODS[name]
+            if why := kind.refusal(site.layer):
+                refused.append(f"{name}: {why}")
+                continue
+            method = kind(site.layer)
+            for setting in method.settings(self._step(site, quantity)):
+                after = costs.of(site, place, method.skeleton(setting))
+                gain = getattr(whole, quantity) / max(getattr(after, quantity), 1e-30)
+                best = max(best, gain)
+                if gain >= self.min_gain:
+                    found.append(_Option(kind, {"method": name, **setting}, whole, after))
+        if found:
+            return found
+        said = f"no chain is {self.min_gain:g} times cheaper in {_NAMES[quantity]} (the best: {best:.2f} times)"
+        return "; ".join(refused) if refused and best == 1.0 else said
+
+    def _quantity(self, context: Context, whole: Cost) -> str:
+        """The quantity of `Cost` that a chain has to lower."""
+        goal = next((g for b, g in (("macs", "macs"), ("size", "size")) if getattr(self, b) is not None), context.goal)
+        quantity = {"latency": "seconds", "size": "weight_bytes", "energy": "energy", "macs": "macs"}[goal]
+        return quantity if getattr(whole, quantity) else "macs"
+
+    def _step(self, site: Site, quantity: str) -> int:
+        if self.multiple is not None:
+            return self.multiple
+        narrow = min(site.layer.outputs, site.layer.inputs * site.layer.taps)
+        return 8 if quantity == "seconds" and narrow >= 32 else max(1, narrow // 32)
+
+    def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
+        shapes = model.shapes(context.batch, context.dims)
+        settings = {p.site: p.setting for p in chosen}
+        sites = [s for n in layers(model) if n.name in settings and isinstance(s := find(model, n, shapes), Site)]
+        if context.calibration is None:
+            for site in sites:
+                method, setting = _method(settings[site.name])
+                put(model, site, method(site.layer, None, context.seed).fit(setting), None)
+            return
+        aims = _aims(model, context)
+        feeds = samples(model, context.calibration, SAMPLES)
+        keep = {site.input for site in sites}
+        here = Walk(model, context.backend, feeds, threads=context.threads, keep=keep)
+        there = Walk(aims, context.backend, feeds, threads=context.threads)
+        advance = context.progress("fitting low-rank chains", len(sites))
+        for site in sites:
+            seen = observe(site, here if self.asymmetric else there, there, seed=context.seed)
+            method, setting = _method(settings[site.name])
+            factors, bias = reconstruct(site.layer, method, setting, seen, nonlinear=self.nonlinear, seed=context.seed)
+            here.forget(site.output)
+            here.release(site.input)
+            put(model, site, factors, bias if site.biased else None)
+            advance(1)
+
+
+_NAMES = {"seconds": "predicted latency", "weight_bytes": "bytes", "energy": "energy", "macs": "multiply-accumulates"}
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One chain for one layer, and what both cost where the layer stands."""
+
+    kind: type[Method]
+    setting: Mapping[str, int | str]
+    whole: Cost
+    chain: Cost
+
+    def fit(self, layer, covariance: np.ndarray | None, seed: int):
+        return self.kind(layer, covariance, seed).fit(_method(self.setting)[1])
+
+    def after(self, before: Cost) -> Cost:
+        """Cost in the model, given that of the layer there: predicted quantities as shares."""
+
+        def share(quantity: str) -> float:
+            whole, own = getattr(self.whole, quantity), getattr(self.chain, quantity)
+            return getattr(before, quantity) * own / whole if whole and own else 0.0
+
+        return Cost(
+            self.chain.macs,
+            before.parameters - self.whole.parameters + self.chain.parameters,
+            before.weight_bytes - self.whole.weight_bytes + self.chain.weight_bytes,
+            round(share("activation_bytes")),
+            share("energy"),
+            share("seconds"),
+        )
+
+
+def _method(setting: Mapping[str, int | str]) -> tuple[type[Method], dict[str, int]]:
+    ranks = {key: int(value) for key, value in setting.items() if key != "method"}
+    return METHODS[str(setting["method"])], ranks
+
+
+def _place(site: Site, model: Model, shapes: Mapping[str, tuple | None], context: Context) -> Place | str:
+    size = shapes.get(site.input)
+    if size is None or not all(isinstance(d, int) for d in size):
+        return "the shape of its input is not known: state its dimensions (--dim NAME=SIZE)"
+    if site.dense:
+        size = (int(np.prod(size[:-1])), size[-1])
+    elif len(size) == 3:
+        size = (size[0], size[1], 1, size[2])
+    moved = sum(cost.activation_bytes + cost.weight_bytes for cost in context.costs(model).nodes.values())
+    first = site.node.inputs[0].is_graph_input()
+    return Place(tuple(size), first, moved, site.node.inputs[1].const_value.numpy().itemsize)
+
+
+def _aims(model: Model, context: Context) -> Model:
+    """The model that says what layers should make: the original, where it still has the same tensors."""
+    original = context.original
+    here, there = model.shapes(1), original.shapes(1)
+    ends = [node.outputs[0].name for node in layers(model)]
+    return original if all(name in there and there[name] == here[name] for name in ends) else model.clone()
