@@ -18,7 +18,7 @@ from ._factors import compose
 from ._sites import Site, stored
 
 if TYPE_CHECKING:
-    from .low_rank import _Option
+    from ._low_rank import _Option
 
 USUAL = 0.1  # relative squared error that is large enough to be seen and small enough to be to first order
 LEAST = 1e-6
