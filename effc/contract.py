@@ -221,8 +221,8 @@ class Pass(ABC):
         """The pass's own budget, by the names that all passes share.
 
         `macs`, `size` and `energy` are shares kept, `speedup` is the predicted latency before over that after,
-        `damage` is in nats a sample, as the proposals predict it, and `max_drop` in points of the metric. A pass with
-        one of the first four is judged by it.
+        `damage` is on the scale of the pass's own proposals, and `max_drop` in points of the metric. A pass with one of
+        the first four is judged by it.
         """
         names = ("macs", "size", "speedup", "energy", "damage", "max_drop")
         return {n: value for n in names if (value := getattr(self, n, None)) is not None}

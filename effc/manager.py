@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from effc import edit
 from effc.choose import QUANTITIES, choose, decisive, spend_damage, unreached
@@ -21,7 +21,7 @@ from effc.model import Model, collection_paused
 from effc.predict import MEASURED
 from effc.recipe import describe, format_calls
 from effc.search import Search
-from effc.stages import Attempt, Stage, stages
+from effc.stages import Attempt, Offer, Stage, stages
 from effc.verify import drift, rounding, verify
 
 
@@ -77,11 +77,14 @@ class PassManager:
         attempt = self._attempt(stage, before)
         goals = stage.goals or (self.guard.goal,)
         record = StageRecord(attempt.records, goals=goals)
+        limit = self._limit(stage)
+        search = Search(self.guard, lambda chosen: self._attempt(stage, before, [chosen]))
+        if limit is not None and stage.spends_damage:
+            attempt = self._most_damage(stage, before, attempt, limit, search)
+            record = StageRecord(attempt.records, goals=goals)
         if not attempt.changed:
             record.status = UNCHANGED
             return attempt, record
-        limit = self._limit(stage)
-        search = Search(self.guard, lambda chosen: self._attempt(stage, before, [chosen]))
         if stage.searchable and goals == ("latency",):  # a variant may miss any other budget
             variants = list(stage.passes[0].variants(before, attempt.chosen[0], self.context))
             attempt = search.quickest(before, attempt, variants)
@@ -98,6 +101,16 @@ class PassManager:
             for step in record.passes:
                 step.status, step.reason = UNDONE, step.reason or record.reason
         return attempt, record
+
+    def _most_damage(self, stage: Stage, before: Model, attempt: Attempt, limit: float, search: Search) -> Attempt:
+        """The stage with as much damage as the limit holds; more than its budget where the pass itself has a limit."""
+        (step,), (offered,) = stage.passes, attempt.offered
+        budget = step.budget()
+
+        def spend(amount: float) -> Attempt:
+            return self._attempt(Stage([replace(step, damage=amount)]), before, offered=offered)
+
+        return search.most_damage(limit, attempt, budget["damage"], spend, upwards="max_drop" in budget)
 
     def _limit(self, stage: Stage) -> float | None:
         """Points that the stage may lose in all, from the original: the user's limit or a pass's own, if stricter."""
@@ -119,7 +132,7 @@ class PassManager:
         if names != [record.name for record in told.passes]:
             raise BadInput(f"the report to replay ran {[r.name for r in told.passes]} where the recipe has {names}")
         if told.status != KEPT:
-            return Attempt(before, told.passes, {}, []), told
+            return Attempt(before, told.passes, {}, [], []), told
         chosen = [[Proposal(site, setting=setting) for site, setting in record.chosen] for record in told.passes]
         attempt = self._attempt(stage, before, chosen)
         record = StageRecord(attempt.records, KEPT, "", "replayed", told.latency, told.accuracy)
@@ -133,20 +146,21 @@ class PassManager:
         stage: Stage,
         before: Model,
         chosen: Sequence[Sequence[Proposal]] | None = None,
+        offered: Offer | None = None,
     ) -> Attempt:
-        """Carry a stage out; `chosen` says what to do, pass by pass, in place of proposing and choosing."""
-        model = before
-        node_map = {node.name: (node.name,) for node in before.graph}
-        records, done = [], []
+        """Carry a stage out.
+
+        Args:
+            chosen: what to do, pass by pass, in place of proposing and choosing.
+            offered: what there is to choose from, in place of proposing; for a stage of one pass.
+        """
+        attempt = Attempt(before, [], {node.name: (node.name,) for node in before.graph}, [], [])
         for number, step in enumerate(stage.passes):
             self.context.later = (*stage.passes[number + 1 :], *self._after_stage)
             given = None if chosen is None else list(chosen[number])
             with collection_paused():
-                model, record, own, taken = self.apply(step, model, given)
-            node_map = compose(node_map, own)
-            records.append(record)
-            done.append(taken)
-        return Attempt(model, records, node_map, done)
+                attempt = self.apply(step, attempt, given, offered)
+        return attempt
 
     def _proposals(self, step: Pass, model: Model) -> tuple[list[Proposal], dict[str, str]]:
         proposals, skipped = [], {}
@@ -158,18 +172,10 @@ class PassManager:
         return proposals, skipped
 
     def apply(
-        self,
-        step: Pass,
-        model: Model,
-        chosen: list[Proposal] | None = None,
-    ) -> tuple[Model, PassRecord, dict[str, tuple[str, ...]], list[Proposal]]:
-        """One pass on a clone: propose, choose, rewrite, verify.
-
-        Returns:
-            the rewritten clone (or the model itself when nothing changed), the record, old-to-new node names, and
-            the proposals that were made.
-        """
-        started = time.perf_counter()
+        self, step: Pass, attempt: Attempt, chosen: list[Proposal] | None = None, offered: Offer | None = None
+    ) -> Attempt:
+        """One pass more, on a clone: propose, choose, rewrite, verify. The model stays where nothing changed."""
+        started, model = time.perf_counter(), attempt.model
         record = PassRecord(step.name, format_calls([describe(step)]), step.exact)
         before_cost = cost(model, self.context.batch, self.context.dims).total
         record.cost_before = record.cost_after = before_cost
@@ -177,9 +183,9 @@ class PassManager:
         skipped: dict[str, str] = {}
         with _Blaming(step.name):
             if chosen is None:
-                proposals, skipped = self._proposals(step, model)
-                chosen, left = self._chosen(step, proposals, model, record)
-                skipped |= left
+                offered = offered or self._proposals(step, model)
+                chosen, left = self._chosen(step, offered[0], model, record)
+                skipped = offered[1] | left
             clone = model.clone()
             for node in clone.graph:
                 node.meta.pop(edit.ORIGIN, None)
@@ -194,7 +200,7 @@ class PassManager:
         record.seconds = time.perf_counter() - started
         if not record.counts["changed"] and clone.revision == clone_revision:
             record.status, record.reason = UNCHANGED, _why_unchanged(record, chosen)
-            return model, record, unchanged, []
+            return attempt.after(model, record, unchanged, [], offered or ([], {}))
         if step.exact:
             with _Blaming(step.name):
                 record.drift = drift(model, clone, self.guard.feeds, self.context.backend)
@@ -202,10 +208,10 @@ class PassManager:
             if record.drift > allowed:
                 record.status = UNDONE
                 record.reason = f"outputs moved by {record.drift:.1e}, more than the {allowed:g} it promises"
-                return model, record, unchanged, []
+                return attempt.after(model, record, unchanged, [], offered or ([], {}))
         record.cost_after = cost(clone, self.context.batch, self.context.dims).total
         record.seconds = time.perf_counter() - started
-        return clone, record, _node_map(model, clone), chosen
+        return attempt.after(clone, record, _node_map(model, clone), chosen, offered or ([], {}))
 
     def _chosen(
         self, step: Pass, proposals: Sequence[Proposal], model: Model, record: PassRecord
@@ -218,6 +224,7 @@ class PassManager:
         if damage is None or budget:
             chosen = choose(proposals, budget, total)
         else:
+            budget = {"damage": damage}
             chosen = spend_damage(proposals, damage, decisive(goals[0], proposals))
         chosen, dropped = self.guard.worthwhile(chosen, record, goals)
         for name, reached in unreached(chosen, budget, total).items():

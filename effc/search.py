@@ -13,6 +13,7 @@ from effc.model import Model
 from effc.stages import Attempt
 
 LOOKS = 8  # at all evaluation data, at most
+FARTHEST = 10  # halves of doublings that an amount of damage is taken up or down
 GAIN = 0.98  # a variant must be faster than this share of the plain attempt's time, beyond doubt
 
 
@@ -43,6 +44,43 @@ class Search:
         text = f"measured faster with this layer in its old form ({measured[best].ratio:.2f}x of the time)"
         _explain(chosen, attempt, text)
         return chosen
+
+    def most_damage(
+        self, limit: float, start: Attempt, amount: float, spend: Callable[[float], Attempt], *, upwards: bool
+    ) -> Attempt:
+        """The attempt that does most damage and holds a limit, on the part of the data that is kept for choosing.
+
+        Args:
+            limit: points that may be lost.
+            start, amount: an attempt, and the damage that it spends.
+            spend: the attempt that spends another amount.
+            upwards: double the amount as long as the limit holds. Else it is only halved, where it does not.
+        """
+
+        tried = {0: start}  # by the doublings of the amount, in halves
+
+        def holds(step: int) -> bool:
+            if step not in tried:
+                tried[step] = spend(amount * 2 ** (step / 2))
+            drop = self.guard.drop(tried[step].model)
+            return drop is not None and drop <= limit
+
+        rising, step = holds(0), 0
+        if rising and not upwards:
+            return start
+        self.guard.chosen_on_part = True
+        way = 2 if rising else -2
+        while abs(step) < FARTHEST and holds(step + way) == rising:
+            step += way
+        best = step if rising else step + way
+        best += holds(best + 1)
+        found = tried[best]
+        for record in found.records:
+            record.notes.append(
+                f"as much damage as holds a drop of {limit:g} points, of {len(tried)} amounts tried: chosen on"
+                f" {self.guard.choosing_samples} samples"
+            )
+        return found
 
     def within(
         self, limit: float, before: Model, full: Attempt, failed: StageRecord, precise: Sequence[Proposal]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from effc.choose import JUDGED_BY
 from effc.contract import Pass, Proposal, Repeat
-from effc.history import KEPT, PassRecord
+from effc.history import KEPT, PassRecord, compose
 from effc.model import Model
+
+Offer = tuple[list[Proposal], dict[str, str]]
 
 
 @dataclass
@@ -27,6 +29,11 @@ class Stage:
         return len(self.passes) == 1 and self.lossy
 
     @property
+    def spends_damage(self) -> bool:
+        """One pass that stops when so much damage is done, and by no other budget: it can do more or less."""
+        return self.searchable and "damage" in self.passes[0].budget() and not self.goals
+
+    @property
     def goals(self) -> tuple[str, ...]:
         """What budgets of its passes say that it is judged by, each once; empty where they say nothing."""
         budgets = (name for step in self.passes for name in step.budget())
@@ -35,12 +42,27 @@ class Stage:
 
 @dataclass
 class Attempt:
-    """A stage carried out on a clone."""
+    """A stage carried out on a clone, as far as it has come.
+
+    Attributes:
+        node_map: node before -> nodes now.
+        chosen: proposals that were made, pass by pass.
+        offered: all there were, and site -> why there is none, pass by pass.
+    """
 
     model: Model
     records: list[PassRecord]
     node_map: dict[str, tuple[str, ...]]
     chosen: list[list[Proposal]]
+    offered: list[Offer]
+
+    def after(
+        self, model: Model, record: PassRecord, node_map: Mapping[str, tuple[str, ...]], chosen: list[Proposal],
+        offered: Offer,
+    ) -> Attempt:  # fmt: skip
+        """With one pass more."""
+        ways = compose(self.node_map, node_map)
+        return Attempt(model, [*self.records, record], ways, [*self.chosen, chosen], [*self.offered, offered])
 
     @property
     def changed(self) -> bool:

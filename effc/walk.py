@@ -145,9 +145,9 @@ class Walk:
         return Model(whole, self.model.name)
 
     def _awaited(self, value: ir.Value, running: Collection[ir.Node]) -> bool:
-        return value.name in self._keep or any(
-            node not in running and node not in self._done for node in value.consumers()
-        )
+        if value.name in self._keep or value.is_graph_output():
+            return True
+        return any(node not in running and node not in self._done for node in value.consumers())
 
     def _drop(self, wanted: Collection[str]) -> None:
         """Forget what no node will read."""

@@ -43,6 +43,8 @@ class Decoupled(Method):
         plain = self._projected(self._left[:, :, :terms])
         if covariance is None:
             return plain
+        if self.rough:
+            return refit(layer, plain, covariance)
         made = [refit(layer, chain, covariance) for chain in (plain, self._projected(self._whitened[:, :, :terms]))]
         return min(made, key=lambda chain: error(layer, chain, covariance))
 

@@ -17,6 +17,8 @@ import numpy as np
 from scipy import linalg, sparse
 
 SETTINGS = 10  # to choose from, for one method and layer
+FITTED = 3  # of them, to know the errors of all
+LEAST = 1e-12
 
 Pair = tuple[int, int]
 Setting = Mapping[str, int]
@@ -102,14 +104,18 @@ class Method(ABC):
             counts is E|(W - W')p|^2 = tr((W - W') covariance (W - W')^T). None: nothing is known, and the error is
             |W - W'|^2.
         seed: of what starts at random.
+        rough: leave out what takes long and brings little: for an estimate of the error.
     """
 
     name: ClassVar[str]
 
-    def __init__(self, layer: Layer, covariance: np.ndarray | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, layer: Layer, covariance: np.ndarray | None = None, seed: int = 0, *, rough: bool = False
+    ) -> None:
         self.layer = layer
         self.covariance = covariance
         self.seed = seed
+        self.rough = rough
 
     @classmethod
     def refusal(cls, layer: Layer) -> str | None:
@@ -127,6 +133,14 @@ class Method(ABC):
     @abstractmethod
     def fit(self, setting: Setting) -> Factors:
         """The chain for a setting with the weights that come closest."""
+
+    def errors(self, settings: Sequence[Setting]) -> list[float]:
+        """`error` of each setting: of some fitted, of those between by the trend of its logarithm over their work."""
+        work = [macs(self.skeleton(setting)) for setting in settings]
+        order = np.argsort(work, kind="stable")
+        tried = order[np.unique(np.linspace(0, len(order) - 1, min(len(order), FITTED)).round().astype(int))]
+        found = [max(error(self.layer, self.fit(settings[i]), self.covariance), LEAST) for i in tried]
+        return [float(e) for e in np.exp(np.interp(work, np.take(work, tried), np.log(found)))]
 
 
 def blank(*shape: int) -> np.ndarray:

@@ -8,7 +8,7 @@ Denton et al. 2014). `Filters3d` (section 3.4) then splits the k x k factor into
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import ClassVar
 
@@ -37,12 +37,23 @@ class Filters(Method):
         inner = (basis.T @ self.layer.matrix).reshape(d, self.layer.inputs, *self.layer.kernel)
         return self.layer.whole(inner), Factor(basis[:, :, None, None])
 
-    @cached_property
+    def errors(self, settings: Sequence[Setting]) -> list[float]:
+        """Exact: the share of the power that lies in directions that are left out."""
+        powers, _ = self._outputs
+        left_out = np.append(np.cumsum(powers[::-1])[::-1], 0.0)
+        return [float(max(left_out[s["rank"]], 0.0) / max(left_out[0], 1e-300)) for s in settings]
+
+    @property
     def _directions(self) -> np.ndarray:
-        """Directions of the outputs [N, N], the one with most power first."""
+        return self._outputs[1]
+
+    @cached_property
+    def _outputs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Power [N] of the outputs along directions [N, N], most first."""
         matrix = self.layer.matrix
         spread = matrix @ matrix.T if self.covariance is None else matrix @ self.covariance @ matrix.T
-        return np.linalg.eigh((spread + spread.T) / 2)[1][:, ::-1]
+        powers, directions = np.linalg.eigh((spread + spread.T) / 2)
+        return powers[::-1], directions[:, ::-1]
 
 
 class Filters3d(Method):
@@ -86,4 +97,4 @@ class Filters3d(Method):
         shape = d, self.layer.inputs, *self.layer.kernel
         weight = blank(*shape) if blanks else self._filters.fit({"rank": d})[0].weight
         inner = Layer(weight, self.layer.strides, self.layer.dilations, self.layer.pads)
-        return Separable(inner, None if blanks else self.covariance, self.seed)
+        return Separable(inner, None if blanks else self.covariance, self.seed, rough=self.rough)

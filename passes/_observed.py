@@ -13,7 +13,8 @@ from ._factors import Layer
 from ._reconstruction import Seen
 from ._sites import Site
 
-MOST_NUMBERS, MOST_SAMPLES = 40_000_000, 24_576  # in all patches of one layer; of one layer
+SAMPLES, EACH = 12_288, 8  # of one layer; more if that is fewer than so many for each number of a patch
+MOST_NUMBERS = 40_000_000  # in all patches of one layer
 
 
 def observe(site: Site, here: Walk, there: Walk, *, seed: int = 0) -> Seen:
@@ -44,7 +45,8 @@ def inputs(site: Site, walk: Walk, *, seed: int = 0) -> np.ndarray:
 
 def _drawn(site: Site, counts: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:
     """Output positions to look at, batch by batch, counted over all images of the batch."""
-    most = min(MOST_SAMPLES, MOST_NUMBERS // site.layer.matrix.shape[1])
+    size = site.layer.matrix.shape[1]
+    most = min(max(SAMPLES, EACH * size), MOST_NUMBERS // size)
     share = min(1.0, most / max(sum(counts), 1))
     return [np.sort(rng.permutation(count)[: max(1, round(share * count))]) for count in counts]
 

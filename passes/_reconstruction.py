@@ -21,9 +21,8 @@ from scipy.linalg import cho_factor, cho_solve
 
 from ._factors import Factors, Layer, Method, Setting, features
 
-RIDGE = 3e-3  # of the mean variance of inputs: so far the weights are held to what they were
-WEIGHTS, ROUNDS = (0.01, 1.0), 12  # of the distance to z, one after the other; so many turns each
-TINY = 1e-6
+RIDGE, MOST = 3e-3, 0.9  # of the mean variance of inputs, at least: so far weights are held to what they were
+WEIGHTS, ROUNDS = (0.01, 1.0), 6  # of the distance to z, one after the other; so many turns each
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,24 @@ class Seen:
     def mean(self) -> np.ndarray:
         return self.patches.mean(axis=0, dtype=np.float64)
 
-    @cached_property
-    def covariance(self) -> np.ndarray:
-        """[D, D] of the patches, about their mean."""
-        return spread(self.patches)
 
+def metric(rows: np.ndarray) -> tuple[np.ndarray, float]:
+    """Covariance [D, D] of rows [S, D], a ridge added, and the ridge.
 
-def spread(rows: np.ndarray) -> np.ndarray:
-    """Covariance [D, D] of rows [S, D]."""
+    The ridge is what brings it closest to the covariance that more and more rows would show (Ledoit and Wolf, "A
+    well-conditioned estimator for large-dimensional covariance matrices", 2004, lemma 3.2 to 3.4), `RIDGE` at least.
+    """
     off = rows - rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-    return (off.T @ off).astype(np.float64) / len(off)
+    found = (off.T @ off).astype(np.float64) / len(off)
+    mean = np.trace(found) / len(found)
+    power = np.sum(found**2)
+    distance = power - len(found) * mean**2
+    lengths = np.einsum("sd,sd->s", off, off, dtype=np.float64)
+    noise = (np.mean(lengths**2) - power) / len(off)
+    share = min(max(noise, 0.0) / max(distance, 1e-300), MOST)
+    ridge = max(RIDGE, share / (1 - share)) * mean + 1e-30
+    found.flat[:: len(found) + 1] += ridge
+    return found, float(ridge)
 
 
 def reconstruct(
@@ -77,14 +84,13 @@ def reconstruct(
         layer: as it was; where data say little, its weights are kept to.
         nonlinear: look through the activation, where there is one.
     """
-    ridge = RIDGE * np.trace(seen.covariance) / len(seen.covariance) + 1e-30
-    metric = seen.covariance + ridge * np.eye(len(seen.covariance))
-    full = _regression(layer, seen, metric, ridge)
+    spread, ridge = metric(seen.patches)
+    full = _regression(layer, seen, spread, ridge)
     aim = replace(layer, weight=full.reshape(layer.weight.shape))
-    factors = kind(aim, metric, seed).fit(setting)
+    factors = kind(aim, spread, seed).fit(setting)
     target = seen.target
     if nonlinear and seen.activated:
-        factors, target = _through_activation(aim, kind, setting, factors, seen, metric)
+        factors, target = _through_activation(factors, seen, spread)
     matrix = _matrix(factors)
     bias = target.mean(axis=0, dtype=np.float64) - matrix @ seen.mean
     return factors, bias
@@ -95,24 +101,22 @@ def _matrix(factors: Factors) -> np.ndarray:
     return last.reshape(len(last), -1) @ features(factors)
 
 
-def _regression(layer: Layer, seen: Seen, metric: np.ndarray, ridge: float) -> np.ndarray:
+def _regression(layer: Layer, seen: Seen, spread: np.ndarray, ridge: float) -> np.ndarray:
     """The matrix [N, D] that predicts the target best, held to the weights by the ridge."""
     off = seen.patches - seen.mean.astype(np.float32)
     target = seen.target - seen.target.mean(axis=0)
     cross = (target.T @ off).astype(np.float64) / len(off)
-    return cho_solve(cho_factor(metric), (cross + ridge * layer.matrix).T).T
+    return cho_solve(cho_factor(spread), (cross + ridge * layer.matrix).T).T
 
 
-def _through_activation(
-    aim: Layer, kind: type[Method], setting: Setting, factors: Factors, seen: Seen, metric: np.ndarray
-) -> tuple[Factors, np.ndarray]:
+def _through_activation(factors: Factors, seen: Seen, spread: np.ndarray) -> tuple[Factors, np.ndarray]:
     """Turns of z and of the last factor; z [S, N] replaces the target."""
     off = seen.patches - seen.mean.astype(np.float32)
     inner = features(factors)
     seen_inside = off @ inner.T.astype(np.float32)  # [S, q], what the last factor sees
-    spread = inner @ metric @ inner.T
-    spread += 1e-9 * np.trace(spread) / len(spread) * np.eye(len(spread))
-    solve = cho_factor(spread)
+    gram = inner @ spread @ inner.T
+    gram.flat[:: len(gram) + 1] += 1e-9 * np.trace(gram) / len(gram)
+    inverse = np.linalg.inv(gram)
     last = factors[-1].weight.reshape(len(factors[-1].weight), -1)
     bias = seen.target.mean(axis=0)
     cut = np.clip(seen.wanted, seen.low, seen.high)
@@ -124,7 +128,7 @@ def _through_activation(
             z = z if seen.added is None else z - seen.added
             bias = z.mean(axis=0)
             cross = ((z - bias).T @ seen_inside).astype(np.float64) / len(z)
-            last = cho_solve(solve, cross.T).T
+            last = cross @ inverse
     weight = last.reshape(factors[-1].weight.shape)
     return (*factors[:-1], replace(factors[-1], weight=weight)), z
 

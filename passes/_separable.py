@@ -56,6 +56,8 @@ class Separable(Method):
             return best
         basis = self._whitened[:, :rank]
         whitened = refit(layer, self._chain(self._matrix @ basis, basis.T), covariance)
+        if self.rough:
+            return whitened
         off, best = min(((error(layer, made, covariance), made) for made in (best, whitened)), key=lambda pair: pair[0])
         for _ in range(SWEEPS):
             made = refit(layer, self._better_columns(best), covariance)

@@ -18,7 +18,7 @@ from ._factors import compose
 from ._sites import Site, stored
 
 if TYPE_CHECKING:
-    from ._low_rank import _Option
+    from .low_rank import _Option
 
 USUAL = 0.1  # relative squared error that is large enough to be seen and small enough to be to first order
 LEAST = 1e-6
@@ -46,7 +46,7 @@ def sensitivity(
         covariance, mean: of the patches that the layer meets.
     """
     index = int(np.argmin([abs(np.log((off + LEAST) / USUAL)) for off in errors]))
-    weight = compose(options[index].fit(site.layer, covariance, seed))
+    weight = compose(options[index].rough(site.layer, covariance, seed))
     shift = (site.layer.matrix - weight.reshape(site.layer.outputs, -1)) @ mean / site.scale  # as a bias will make up
     shift = shift.astype(np.float32).reshape(-1, *[1] * (0 if site.dense else site.spatial))
     moved = walk.changed(site.node, stored(site, weight), shift, len(reference)).outputs()

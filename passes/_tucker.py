@@ -74,18 +74,25 @@ class Tucker(Method):
 
     def fit(self, setting: Setting) -> Factors:
         r3, r4 = setting["inputs"], setting["outputs"]
-        plain, u4 = hooi(self._tensor, r3, r4)
+        sweeps = 0 if self.rough else SWEEPS
+        if self.covariance is not None and self.rough and r3 < self.layer.inputs:
+            return self._chain(*self._regress(self._white_basis(r3, r4, sweeps), r4)[1:])
+        plain, u4 = hooi(self._tensor, r3, r4, sweeps)
         if self.covariance is None:
             return self._chain(plain.T, self._core(np.tensordot(u4.T, plain.T @ self._tensor, 1)), u4)
         bases = [plain]
         if r3 < self.layer.inputs:
-            tensor, channels = self._whitened
-            white, _ = hooi(tensor, r3, r4)
-            bases.append(np.linalg.qr(solve_triangular(channels, white, trans=1, lower=True))[0])
+            bases.append(self._white_basis(r3, r4, sweeps).T)
         best = min((self._regress(basis.T, r4) for basis in bases), key=lambda made: made[0])
         for _ in range(STEPS if r3 < self.layer.inputs else 0):
             best = min(best, self._regress(self._step(*best[1:]), r4), key=lambda made: made[0])
         return self._chain(*best[1:])
+
+    def _white_basis(self, r3: int, r4: int, sweeps: int) -> np.ndarray:
+        """P for inputs whose covariance is a Kronecker product."""
+        tensor, channels = self._whitened
+        white, _ = hooi(tensor, r3, r4, sweeps)
+        return np.linalg.qr(solve_triangular(channels, white, trans=1, lower=True))[0].T
 
     def _regress(self, p: np.ndarray, r4: int) -> tuple[float, np.ndarray, np.ndarray, np.ndarray]:
         """The best factors after P, of orthonormal rows: how far off, P, G, U4."""

@@ -30,13 +30,17 @@ OPTIONS: dict[str, list[str]] = {
         "int8{calibrator=entropy, rounding=nearest, bias_correction=false, size=0.5}",
         "int8{keep_float=[conv1, 'block [0-9]*', \"a, b\"], max_drop=0.25}",
     ],
+    "low-rank": [
+        "low-rank{method=tucker, nonlinear=false, asymmetric=false, multiple=4, min_gain=1.5, macs=0.5}",
+        "low-rank{size=0.5, speedup=1.5, damage=0.1, max_drop=0.25}",
+    ],
 }
 
 # The least that makes a pass do something: recipes that the networks are put through. A name where it needs no option.
-RECIPES: dict[str, str] = {}
+RECIPES: dict[str, str] = {"low-rank": "low-rank{damage=0.02}"}
 
 # Largest max|a - b| / max|a| of a lossy pass's outputs from the original's, on any of the networks.
-BOUNDS: dict[str, float] = {"int8": 0.1}
+BOUNDS: dict[str, float] = {"int8": 0.1, "low-rank": 0.6}
 
 
 def pass_names() -> list[str]:

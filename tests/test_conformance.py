@@ -135,6 +135,8 @@ REFUSALS = [
     ("simplify", "control", "node_choice", "If holds a sub-graph, which is passed through untouched"),
     ("fold-batchnorm", "two_outputs", "node_left_bn", "the weight of 'node_conv_left' is shared with another node"),
     ("fold-batchnorm", "branches", "node_dense_bn", "it stands behind Concat 'node_concat'"),
+    ("low-rank", "half", "node_conv1", "its weight is float16; float32 is factorised"),
+    ("low-rank", "two_outputs", "node_conv_left", "its weight is shared with 'node_conv_right'"),
     ("int8", "half", "node_conv1", "its weight is float16; float32 is lowered"),
     ("int8", "transformer", "node_matmul45", "its right operand is no constant"),
     ("int8", "two_outputs", "node_conv_left", "a batch norm follows it: run fold-batchnorm first"),

@@ -57,7 +57,7 @@ class Told:
             for p in self.everything
         ]
         ledger.append(NodeRecord("other", "Conv", "skipped", reason="nothing for it to do"))
-        return Attempt(model, [PassRecord("lossy", "lossy", False, KEPT, ledger=ledger)], {}, [list(chosen)])
+        return Attempt(model, [PassRecord("lossy", "lossy", False, KEPT, ledger=ledger)], {}, [list(chosen)], [])
 
     def drop(self, model: Model) -> float | None:
         self.looks.append(self.made[id(model)])

@@ -24,10 +24,10 @@ from effc.walk import Walk, samples
 from ._chain_costs import ChainCosts, Place
 from ._cp import CP
 from ._decoupled import Decoupled
-from ._factors import Method, error
+from ._factors import Factors, Layer, Method
 from ._filters import Filters, Filters3d
 from ._observed import inputs, observe
-from ._reconstruction import reconstruct, spread
+from ._reconstruction import metric, reconstruct
 from ._separable import Separable, SeparableBasis
 from ._sites import Site, find, layers, put
 from ._split_damage import sensitivity, worth
@@ -37,7 +37,7 @@ METHODS: dict[str, type[Method]] = {
     kind.name: kind for kind in (Filters, Filters3d, Separable, SeparableBasis, Tucker, CP, Decoupled)
 }
 AUTO = ("filters", "filters-3d", "separable", "tucker", "depthwise")  # the others seldom win and take long to fit
-SAMPLES, BATCHES = 512, 4  # to fit to; batches of them to measure damage on
+SAMPLES, BATCHES = 512, 2  # to fit to; batches of them to measure damage on
 DAMAGE = 0.05
 
 
@@ -63,7 +63,7 @@ class LowRank(Pass):
     size: Annotated[float | None, Field(gt=0, le=1, description="share of weight bytes to keep at most")] = None
     speedup: Annotated[float | None, Field(ge=1, description="predicted latency before over after, at least")] = None
     damage: Annotated[
-        float | None, Field(gt=0, description="predicted divergence to spend, nats a sample; 0.05 without a budget")
+        float | None, Field(gt=0, description="damage to do in all, on the report's scale; 0.05 without a budget")
     ] = None
     max_drop: Annotated[
         float | None, Field(ge=0, description="points of the metric to lose at most; needs evaluation data")
@@ -93,8 +93,8 @@ class LowRank(Pass):
         advance = context.progress("weighing low-rank chains", len(planned))
         for site, before, options in planned:
             patches = None if walk is None else inputs(site, walk, seed=context.seed)
-            covariance = None if patches is None else spread(patches)
-            errors = [error(site.layer, o.fit(site.layer, covariance, context.seed), covariance) for o in options]
+            covariance = None if patches is None else metric(patches)[0]
+            errors = _errors(site, options, covariance, context.seed)
             price = 1.0
             if patches is not None:
                 mean = patches.mean(axis=0, dtype=np.float64)
@@ -179,8 +179,13 @@ class _Option:
     whole: Cost
     chain: Cost
 
-    def fit(self, layer, covariance: np.ndarray | None, seed: int):
-        return self.kind(layer, covariance, seed).fit(_method(self.setting)[1])
+    @property
+    def ranks(self) -> dict[str, int]:
+        return _method(self.setting)[1]
+
+    def rough(self, layer: Layer, covariance: np.ndarray | None, seed: int) -> Factors:
+        """The chain, fitted as well as is quick."""
+        return self.kind(layer, covariance, seed, rough=True).fit(self.ranks)
 
     def after(self, before: Cost) -> Cost:
         """Cost in the model, given that of the layer there: predicted quantities as shares."""
@@ -197,6 +202,16 @@ class _Option:
             share("energy"),
             share("seconds"),
         )
+
+
+def _errors(site: Site, options: Sequence[_Option], covariance: np.ndarray | None, seed: int) -> list[float]:
+    """Relative squared errors of chains, estimated method by method."""
+    found: dict[int, float] = {}
+    for kind in dict.fromkeys(option.kind for option in options):
+        own = [index for index, option in enumerate(options) if option.kind is kind]
+        method = kind(site.layer, covariance, seed, rough=True)
+        found |= zip(own, method.errors([options[index].ranks for index in own]), strict=True)
+    return [found[index] for index in range(len(options))]
 
 
 def _method(setting: Mapping[str, int | str]) -> tuple[type[Method], dict[str, int]]:
