@@ -55,7 +55,7 @@ def spend_damage(proposals: Sequence[Proposal], limit: float, quantity: str) -> 
         _, number, site, steps = heapq.heappop(heap)
         before = taken.get(site)
         more = (steps[0].damage or 0.0) - ((before.damage or 0.0) if before else 0.0)
-        if spent + more > limit:
+        if spent + more > limit * (1 + ROUNDING):
             continue  # a smaller step of another site may still fit
         spent += more
         taken[site] = steps[0]

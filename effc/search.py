@@ -73,8 +73,9 @@ class Search:
         while abs(step) < FARTHEST and holds(step + way) == rising:
             step += way
         best = step if rising else step + way
-        best += holds(best + 1)
-        found = tried[best]
+        if best in tried:
+            best += holds(best + 1)
+        found = tried.get(best, tried[min(tried)])  # where nothing holds, the least
         for record in found.records:
             record.notes.append(
                 f"as much damage as holds a drop of {limit:g} points, of {len(tried)} amounts tried: chosen on"

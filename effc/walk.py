@@ -46,7 +46,7 @@ class Walk:
 
     Args:
         model: what runs.
-        feeds: inputs, in batches that are run one by one (`samples`).
+        feeds: inputs, in batches that are run one by one (`samples`); they stay.
         keep: tensors that stay once they were computed, until `release`.
     """
 
@@ -55,8 +55,9 @@ class Walk:
         keep: Collection[str] = (),
     ) -> None:  # fmt: skip
         self.model, self.backend, self.threads = model, backend, threads
+        self._feeds = list(feeds)
         self._batches: list[Values] = [dict(batch) for batch in feeds]
-        self._feeds = list(feeds) if any(map(_held, model.graph)) else None
+        self._whole = any(map(_held, model.graph))  # sub-graphs read what they like: it is run from the inputs
         self._keep = set(keep)
         self._done: set[ir.Node] = set()
 
@@ -70,7 +71,7 @@ class Walk:
         if missing:
             self._run(missing)
         found = [{name: batch[name] for name in tensors} for batch in self._batches]
-        self._drop(set(tensors))
+        self._drop()
         return found
 
     def outputs(self) -> list[Values]:
@@ -81,7 +82,7 @@ class Walk:
         """Another walk from here, over the first batches; this one stays where it is."""
         other = copy.copy(self)
         other._batches = [dict(batch) for batch in self._batches[:batches]]
-        other._feeds = None if self._feeds is None else self._feeds[:batches]
+        other._feeds = self._feeds[:batches]
         other._keep, other._done = set(self._keep), set(self._done)
         return other
 
@@ -92,6 +93,10 @@ class Walk:
             shift: added to what it makes.
         """
         other = self.fork(batches)
+        if self._whole:
+            other.model = _shifted(self.model, node, weight, shift)
+            other._batches = [dict(feeds) for feeds in other._feeds]
+            return other
         entries = [v for v in node.inputs if v is not None and not v.is_initializer()]
         made = node.outputs[0].name
         before = other.to(*(v.name for v in entries))
@@ -108,25 +113,31 @@ class Walk:
         self._keep.discard(name)
 
     def forget(self, name: str) -> None:
-        """What a tensor was: the nodes that make it have changed."""
+        """What a tensor was, and all that was made of it: the nodes that make it have changed."""
+        gone, waiting = {name}, [self.model.value(name)]
+        while waiting:
+            for node in {node for node in waiting.pop().consumers() if node in self._done}:
+                self._done.remove(node)
+                gone |= {v.name for v in node.outputs}
+                waiting += node.outputs
         for batch in self._batches:
-            batch.pop(name, None)
+            for each in gone:
+                batch.pop(each, None)
 
     def _run(self, names: Sequence[str]) -> None:
         known = {v.name: v for v in self.model.values()}
-        available = self._batches[0].keys()
-        needed, entries = _between([known[name] for name in names], available)
-        if self._feeds is not None:
+        if self._whole:
             session = self.backend.session(edit.cut(self.model, list(names)), threads=self.threads)
             for batch, feeds in zip(self._batches, self._feeds, strict=True):
                 batch |= _finite(session.run(feeds))
             return
+        needed, entries = _between([known[name] for name in names], self._batches[0].keys())
         # What others will read is an output as well.
         outputs = {v.name: v for node in needed for v in node.outputs if v.name in names or self._awaited(v, needed)}
         session = self.backend.session(self._part(needed, entries, list(outputs.values())), threads=self.threads)
         self._done |= needed
-        for batch in self._batches:
-            batch |= _finite(session.run({v.name: batch[v.name] for v in entries}))
+        for batch, feeds in zip(self._batches, self._feeds, strict=True):
+            batch |= _finite(session.run({v.name: (feeds | batch)[v.name] for v in entries}))
 
     def _part(self, needed: Collection[ir.Node], entries: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> Model:
         """The part of the model between some tensors and others, as a model of its own."""
@@ -140,7 +151,8 @@ class Walk:
         for value in (*part.inputs, *part.outputs):
             value.shape = None if value.producer() is not None else _rank_only(value)
         for value, before in zip(part.inputs, entries, strict=True):
-            value.type = value.type or ir.TensorType(ir.DataType.from_numpy(self._batches[0][before.name].dtype))
+            known = (self._feeds[0] | self._batches[0])[before.name]
+            value.type = value.type or ir.TensorType(ir.DataType.from_numpy(known.dtype))
         whole = ir.Model(part, ir_version=self.model.ir.ir_version, functions=self.model.ir.functions.values())
         return Model(whole, self.model.name)
 
@@ -149,13 +161,13 @@ class Walk:
             return True
         return any(node not in running and node not in self._done for node in value.consumers())
 
-    def _drop(self, wanted: Collection[str]) -> None:
-        """Forget what no node will read."""
+    def _drop(self) -> None:
+        """Let go of what no node will read."""
         known = {v.name: v for v in self.model.values()}
         for name in list(self._batches[0]):
-            if name in self._keep or (name in known and self._awaited(known[name], ())):
-                continue
-            self.forget(name)
+            if not (name in self._keep or (name in known and not self._whole and self._awaited(known[name], ()))):
+                for batch in self._batches:
+                    del batch[name]
 
 
 def _between(targets: Sequence[ir.Value], available: Collection[str]) -> tuple[set[ir.Node], list[ir.Value]]:
@@ -165,15 +177,28 @@ def _between(targets: Sequence[ir.Value], available: Collection[str]) -> tuple[s
     waiting = list(targets)
     while waiting:
         value = waiting.pop()
-        if value.name in available:
+        if value.name in available or (value.is_graph_input() and not value.is_initializer()):
             entries[value.name] = value
-        elif (node := value.producer()) is not None:
-            if node not in needed:
-                needed.add(node)
-                waiting += [v for v in node.inputs if v is not None]
-        elif not value.is_initializer():
-            raise BadInput(f"{value.name!r} is not there any more")
+        elif (node := value.producer()) is not None and node not in needed:
+            needed.add(node)
+            waiting += [v for v in node.inputs if v is not None]
     return needed, list(entries.values())
+
+
+def _shifted(model: Model, node: ir.Node, weight: np.ndarray, shift: np.ndarray) -> Model:
+    """The model with another weight in a node, and a shift behind it."""
+    clone = model.clone()
+    there = clone.node(node.name)
+    edit.set_initializer(clone, there.inputs[1], weight)
+    out = there.outputs[0]
+    add = edit.make_node(
+        clone, "Add", [out, edit.add_initializer(clone, f"{node.name}_shift", shift)], name=f"{node.name}_shifted"
+    )
+    edit.insert_after(clone, there, [add])
+    edit.replace_uses(clone, out, add.outputs[0], where=lambda reader, _: reader is not add)
+    if out.is_graph_output():
+        edit.hand_over_output(clone, out, add.outputs[0])
+    return clone
 
 
 def _held(node: ir.Node) -> bool:

@@ -36,7 +36,7 @@ class Place:
         size: shape of its input: [n, C, H, W], or [rows, K] of a dense layer.
         first: it reads an input of the graph.
         around: bytes that the whole inference moves; what was not touched since has left caches by that much.
-        weight_type: bytes of a weight.
+        weight_bytes: bytes of a weight.
     """
 
     size: tuple[int, ...]
@@ -46,10 +46,14 @@ class Place:
 
 
 class ChainCosts:
-    """Costs of chains on a context's target; what was asked once is remembered by its shapes."""
+    """Costs of chains on a context's target; what was asked once is remembered by its shapes.
 
-    def __init__(self, context: Context) -> None:
-        self._context = context
+    Args:
+        timed: predict seconds; else they are 0, for not known.
+    """
+
+    def __init__(self, context: Context, *, timed: bool = True) -> None:
+        self._context, self._timed = context, timed
         self._codes = any(step.name == "int8" for step in context.later)
         self._known: dict[tuple, float | None] = {}
 
@@ -75,7 +79,7 @@ class ChainCosts:
 
     def _predicted(self, place: Place, factors: Sequence[Factor], dense: bool) -> float | None:
         context = self._context
-        if not context.target.kernels or context.backend.name != context.target.runtime:
+        if not self._timed or not context.target.kernels or context.backend.name != context.target.runtime:
             return None
         small = _network(place, factors, dense)
         try:

@@ -18,7 +18,7 @@ from scipy import linalg, sparse
 
 SETTINGS = 10  # to choose from, for one method and layer
 FITTED = 3  # of them, to know the errors of all
-LEAST = 1e-12
+LEAST = 1e-3  # of an error for the trend: what is exact at one rank may be far from it at the next
 
 Pair = tuple[int, int]
 Setting = Mapping[str, int]
@@ -139,8 +139,10 @@ class Method(ABC):
         work = [macs(self.skeleton(setting)) for setting in settings]
         order = np.argsort(work, kind="stable")
         tried = order[np.unique(np.linspace(0, len(order) - 1, min(len(order), FITTED)).round().astype(int))]
-        found = [max(error(self.layer, self.fit(settings[i]), self.covariance), LEAST) for i in tried]
-        return [float(e) for e in np.exp(np.interp(work, np.take(work, tried), np.log(found)))]
+        found = {int(i): error(self.layer, self.fit(settings[i]), self.covariance) for i in tried}
+        known = np.log([max(found[int(i)], LEAST) for i in tried])
+        trend = np.exp(np.interp(work, np.take(work, tried), known))
+        return [found.get(i, float(e)) for i, e in enumerate(trend)]
 
 
 def blank(*shape: int) -> np.ndarray:
@@ -240,13 +242,18 @@ def refit(layer: Layer, factors: Sequence[Factor], covariance: np.ndarray | None
     return (*before, replace(last, weight=(own + change.T).reshape(last.weight.shape)))
 
 
-def ranks(method: Method, name: str, most: int, step: int) -> Iterator[dict[str, int]]:
-    """Settings of one rank, multiples of `step` up to `most`: such as save MACs, at most so many, evenly spread."""
-    own = macs([method.layer.whole(method.layer.weight)])
-    saving = []
-    for rank in range(step, most + 1, step):
-        if macs(method.skeleton({name: rank})) >= own:
-            break
-        saving.append(rank)
-    places = np.unique(np.linspace(0, len(saving) - 1, min(len(saving), SETTINGS)).round().astype(int))
-    yield from ({name: saving[place]} for place in places)
+def spread(unit: float, layer: Layer, limit: int, step: int, count: int = SETTINGS) -> list[int]:
+    """Multiples of a step up to a limit, evenly on a logarithmic scale, that cost from a 16th of a layer to all.
+
+    Args:
+        unit: multiply-accumulates for one.
+        count: of them, at most.
+    """
+    full = layer.weight.size
+    most = min(limit, math.ceil(full / unit) - 1) // step
+    if most < 1:
+        return []
+    least = min(max(round(full / 16 / unit / step), 1), most)
+    if most - least < count:
+        return [each * step for each in range(least, most + 1)]
+    return sorted({round(each) * step for each in np.geomspace(least, most, count)})

@@ -14,8 +14,11 @@ from typing import ClassVar
 
 import numpy as np
 
-from ._factors import Factor, Factors, Layer, Method, Setting, blank, macs, ranks
+from ._factors import Factor, Factors, Layer, Method, Setting, blank, macs, spread
 from ._separable import Separable
+
+RANKS = 16  # to choose from
+WIDE = 2048  # outputs, from which on decompositions are made in single precision
 
 
 class Filters(Method):
@@ -25,7 +28,8 @@ class Filters(Method):
 
     def settings(self, step: int) -> Iterator[dict[str, int]]:
         most = min(self.layer.outputs, self.layer.matrix.shape[1])
-        yield from ranks(self, "rank", most, step)
+        unit = macs(self.skeleton({"rank": 1}))
+        return ({"rank": rank} for rank in spread(unit, self.layer, most, step, RANKS))
 
     def skeleton(self, setting: Setting) -> Factors:
         n, c, d = self.layer.outputs, self.layer.inputs, setting["rank"]
@@ -50,9 +54,12 @@ class Filters(Method):
     @cached_property
     def _outputs(self) -> tuple[np.ndarray, np.ndarray]:
         """Power [N] of the outputs along directions [N, N], most first."""
-        matrix = self.layer.matrix
-        spread = matrix @ matrix.T if self.covariance is None else matrix @ self.covariance @ matrix.T
-        powers, directions = np.linalg.eigh((spread + spread.T) / 2)
+        matrix, covariance = self.layer.matrix, self.covariance
+        if self.layer.outputs > WIDE:
+            matrix = matrix.astype(np.float32)
+            covariance = None if covariance is None else covariance.astype(np.float32)
+        power = matrix @ matrix.T if covariance is None else matrix @ covariance @ matrix.T
+        powers, directions = np.linalg.eigh((power + power.T) / 2)
         return powers[::-1], directions[:, ::-1]
 
 

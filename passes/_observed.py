@@ -32,7 +32,7 @@ def observe(site: Site, here: Walk, there: Walk, *, seed: int = 0) -> Seen:
         beside = None if site.added is None else _rows(site, now[site.added])[chosen]
         parts.append((_patches(site, now[site.input], chosen), _rows(site, then[site.end])[chosen], beside))
     patches, outputs, others = (_joined(each) for each in zip(*parts, strict=True))
-    return Seen(patches, outputs, others, site.low, site.high)
+    return Seen(patches, outputs, others, site.low, site.high, site.biased)
 
 
 def inputs(site: Site, walk: Walk, *, seed: int = 0) -> np.ndarray:

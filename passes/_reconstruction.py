@@ -21,6 +21,7 @@ from scipy.linalg import cho_factor, cho_solve
 
 from ._factors import Factors, Layer, Method, Setting, features
 
+WIDEST = 8192  # numbers of a patch whose covariance is held in memory
 RIDGE, MOST = 3e-3, 0.9  # of the mean variance of inputs, at least: so far weights are held to what they were
 WEIGHTS, ROUNDS = (0.01, 1.0), 6  # of the distance to z, one after the other; so many turns each
 
@@ -34,6 +35,7 @@ class Seen:
         wanted: [S, N] what should stand before the activation.
         added: [S, N] what is added to the layer's output before the activation, or None.
         low, high: bounds of the activation; infinite where there is none.
+        biased: the layer has a bias, which makes up for means.
     """
 
     patches: np.ndarray
@@ -41,6 +43,7 @@ class Seen:
     added: np.ndarray | None = None
     low: float = -np.inf
     high: float = np.inf
+    biased: bool = True
 
     @property
     def activated(self) -> bool:
@@ -53,24 +56,26 @@ class Seen:
 
     @cached_property
     def mean(self) -> np.ndarray:
-        return self.patches.mean(axis=0, dtype=np.float64)
+        """[C kh kw] of the patches, as far as a bias makes up for it."""
+        mean = self.patches.mean(axis=0, dtype=np.float64)
+        return mean if self.biased else np.zeros_like(mean)
 
 
-def metric(rows: np.ndarray) -> tuple[np.ndarray, float]:
-    """Covariance [D, D] of rows [S, D], a ridge added, and the ridge.
+def metric(rows: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, float]:
+    """Covariance [D, D] of rows [S, D] about a mean [D], a ridge added, and the ridge.
 
     The ridge is what brings it closest to the covariance that more and more rows would show (Ledoit and Wolf, "A
     well-conditioned estimator for large-dimensional covariance matrices", 2004, lemma 3.2 to 3.4), `RIDGE` at least.
     """
-    off = rows - rows.mean(axis=0, dtype=np.float64).astype(np.float32)
+    off = rows - mean.astype(np.float32)
     found = (off.T @ off).astype(np.float64) / len(off)
-    mean = np.trace(found) / len(found)
+    level = np.trace(found) / len(found)
     power = np.sum(found**2)
-    distance = power - len(found) * mean**2
+    distance = power - len(found) * level**2
     lengths = np.einsum("sd,sd->s", off, off, dtype=np.float64)
     noise = (np.mean(lengths**2) - power) / len(off)
     share = min(max(noise, 0.0) / max(distance, 1e-300), MOST)
-    ridge = max(RIDGE, share / (1 - share)) * mean + 1e-30
+    ridge = max(RIDGE, share / (1 - share)) * level + 1e-30
     found.flat[:: len(found) + 1] += ridge
     return found, float(ridge)
 
@@ -83,17 +88,21 @@ def reconstruct(
     Args:
         layer: as it was; where data say little, its weights are kept to.
         nonlinear: look through the activation, where there is one.
+
+    Of patches of more than `WIDEST` numbers only the mean is known, and weights are fitted to weights.
     """
-    spread, ridge = metric(seen.patches)
+    if seen.patches.shape[1] > WIDEST:
+        factors = kind(layer, None, seed).fit(setting)
+        return factors, seen.target.mean(axis=0, dtype=np.float64) * seen.biased - _matrix(factors) @ seen.mean
+    spread, ridge = metric(seen.patches, seen.mean)
     full = _regression(layer, seen, spread, ridge)
     aim = replace(layer, weight=full.reshape(layer.weight.shape))
     factors = kind(aim, spread, seed).fit(setting)
     target = seen.target
     if nonlinear and seen.activated:
-        factors, target = _through_activation(factors, seen, spread)
+        factors, target = _through_activation(factors, seen, spread, ridge)
     matrix = _matrix(factors)
-    bias = target.mean(axis=0, dtype=np.float64) - matrix @ seen.mean
-    return factors, bias
+    return factors, target.mean(axis=0, dtype=np.float64) * seen.biased - matrix @ seen.mean
 
 
 def _matrix(factors: Factors) -> np.ndarray:
@@ -104,13 +113,13 @@ def _matrix(factors: Factors) -> np.ndarray:
 def _regression(layer: Layer, seen: Seen, spread: np.ndarray, ridge: float) -> np.ndarray:
     """The matrix [N, D] that predicts the target best, held to the weights by the ridge."""
     off = seen.patches - seen.mean.astype(np.float32)
-    target = seen.target - seen.target.mean(axis=0)
+    target = seen.target - seen.target.mean(axis=0) * seen.biased
     cross = (target.T @ off).astype(np.float64) / len(off)
     return cho_solve(cho_factor(spread), (cross + ridge * layer.matrix).T).T
 
 
-def _through_activation(factors: Factors, seen: Seen, spread: np.ndarray) -> tuple[Factors, np.ndarray]:
-    """Turns of z and of the last factor; z [S, N] replaces the target."""
+def _through_activation(factors: Factors, seen: Seen, spread: np.ndarray, ridge: float) -> tuple[Factors, np.ndarray]:
+    """Turns of z and of the last factor, which the ridge holds to what it was; z [S, N] replaces the target."""
     off = seen.patches - seen.mean.astype(np.float32)
     inner = features(factors)
     seen_inside = off @ inner.T.astype(np.float32)  # [S, q], what the last factor sees
@@ -118,7 +127,8 @@ def _through_activation(factors: Factors, seen: Seen, spread: np.ndarray) -> tup
     gram.flat[:: len(gram) + 1] += 1e-9 * np.trace(gram) / len(gram)
     inverse = np.linalg.inv(gram)
     last = factors[-1].weight.reshape(len(factors[-1].weight), -1)
-    bias = seen.target.mean(axis=0)
+    held = ridge * last @ (inner @ inner.T)
+    bias = seen.target.mean(axis=0) * seen.biased
     cut = np.clip(seen.wanted, seen.low, seen.high)
     z = seen.target
     for weight in WEIGHTS:
@@ -126,9 +136,9 @@ def _through_activation(factors: Factors, seen: Seen, spread: np.ndarray) -> tup
             made = seen_inside @ last.T.astype(np.float32) + bias
             z = _auxiliary(made if seen.added is None else made + seen.added, cut, weight, seen.low, seen.high)
             z = z if seen.added is None else z - seen.added
-            bias = z.mean(axis=0)
+            bias = z.mean(axis=0) * seen.biased
             cross = ((z - bias).T @ seen_inside).astype(np.float64) / len(z)
-            last = cross @ inverse
+            last = (cross + held) @ inverse
     weight = last.reshape(factors[-1].weight.shape)
     return (*factors[:-1], replace(factors[-1], weight=weight)), z
 

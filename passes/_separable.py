@@ -20,12 +20,11 @@ import numpy as np
 from scipy import linalg
 from scipy.sparse.linalg import LinearOperator, cg
 
-from ._factors import Factor, Factors, Layer, Method, Setting, blank, error, macs, refit
+from ._factors import Factor, Factors, Layer, Method, Setting, blank, error, macs, refit, spread
 
 SWEEPS, GAIN = 5, 1e-3  # of alternating least squares: as long as the error falls by this share
 CG_STEPS = 4  # a sweep: the rows change next, so that more would be for nothing
 CP_SWEEPS, CP_STARTS = 100, 3
-RANKS = 9  # to choose from
 
 
 class Separable(Method):
@@ -252,22 +251,6 @@ def _matrices(chain: Factors) -> tuple[np.ndarray, np.ndarray]:
 def channel_matrices(layer: Layer) -> np.ndarray:
     """W[:, c] as matrices, [C, N, kh kw]."""
     return np.asarray(layer.weight, np.float64).reshape(layer.outputs, layer.inputs, -1).swapaxes(0, 1)
-
-
-def spread(unit: float, layer: Layer, limit: int, step: int) -> list[int]:
-    """Multiples of a step up to a limit, evenly on a logarithmic scale, that cost from an eighth of a layer to all.
-
-    Args:
-        unit: multiply-accumulates for one.
-    """
-    full = layer.weight.size
-    most = min(limit, math.ceil(full / unit) - 1) // step
-    if most < 1:
-        return []
-    least = min(max(round(full / 8 / unit / step), 1), most)
-    if most - least < RANKS:
-        return [each * step for each in range(least, most + 1)]
-    return sorted({round(each) * step for each in np.geomspace(least, most, RANKS)})
 
 
 def spread_filters(unit: float, layer: Layer, limit: int, step: int) -> list[int]:

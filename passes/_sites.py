@@ -76,6 +76,8 @@ def find(model: Model, node: ir.Node, shapes: dict[str, tuple | None]) -> Site |
     weight = constant_weight(node)
     if weight is None:
         return _no_weight(node)
+    if not node.inputs[1].is_initializer():
+        return "its weight is made by Constant: simplify makes it a weight of the graph"
     if weight.dtype != np.float32:
         return f"its weight is {weight.dtype}; float32 is factorised"
     if model.constant(node.inputs[0]) is not None:
@@ -90,7 +92,8 @@ def find(model: Model, node: ir.Node, shapes: dict[str, tuple | None]) -> Site |
     layer = _convolution(node, weight, shapes) if node.op_type == "Conv" else _dense(node, weight)
     if isinstance(layer, str):
         return layer
-    scale, shift, end = _behind_norm(node, layer.outputs)
+    by_channel = node.op_type != "MatMul" or len(shapes.get(node.outputs[0].name) or ()) == 2  # what a norm goes by
+    scale, shift, end = _behind_norm(node, layer.outputs) if by_channel else _plain(node, layer.outputs)
     added, end = _sum(end, shapes)
     low, high = _activation(end)
     scaled = Layer(layer.weight * scale[:, None, None, None], layer.strides, layer.dilations, layer.pads)
@@ -144,7 +147,11 @@ def _behind_norm(node: ir.Node, outputs: int) -> tuple[np.ndarray, np.ndarray, i
         # What a channel of scale 0 makes is never seen: there is nothing to scale back.
         if not isinstance(numbers, str) and np.all(numbers[0] != 0):
             return *numbers, reader.outputs[0]
-    return np.ones(outputs), np.zeros(outputs), out
+    return _plain(node, outputs)
+
+
+def _plain(node: ir.Node, outputs: int) -> tuple[np.ndarray, np.ndarray, ir.Value]:
+    return np.ones(outputs), np.zeros(outputs), node.outputs[0]
 
 
 def _sum(end: ir.Value, shapes: dict[str, tuple | None]) -> tuple[str | None, ir.Value]:

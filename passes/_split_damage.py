@@ -36,7 +36,7 @@ def worth(price: float, error: float) -> float:
 
 def sensitivity(
     site: Site, walk: Walk, reference: Sequence[Values], options: Sequence[_Option], errors: Sequence[float],
-    covariance: np.ndarray, mean: np.ndarray, seed: int,
+    covariance: np.ndarray | None, mean: np.ndarray, seed: int,
 ) -> float:  # fmt: skip
     """Nats a sample for each unit of the layer's relative squared error.
 

@@ -9,6 +9,7 @@ what the original makes from what it gets itself (`_reconstruction`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -16,8 +17,10 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from effc.choose import GOALS
 from effc.contract import Context, Pass, Proposal, Skipped
 from effc.cost import Cost
+from effc.errors import BadInput
 from effc.model import Model
 from effc.walk import Walk, samples
 
@@ -27,7 +30,7 @@ from ._decoupled import Decoupled
 from ._factors import Factors, Layer, Method
 from ._filters import Filters, Filters3d
 from ._observed import inputs, observe
-from ._reconstruction import metric, reconstruct
+from ._reconstruction import WIDEST, metric, reconstruct
 from ._separable import Separable, SeparableBasis
 from ._sites import Site, find, layers, put
 from ._split_damage import sensitivity, worth
@@ -51,6 +54,10 @@ class LowRank(Pass):
         Literal["auto", "filters", "filters-3d", "separable", "separable-basis", "tucker", "cp", "depthwise"],
         Field(description="which chains to choose from; auto: for each layer what pays best"),
     ] = "auto"
+    relaxation: Annotated[
+        float | None,
+        Field(ge=0, lt=1, description="method=tucker: ranks by variational Bayes, so far back towards full; no budget"),
+    ] = None
     nonlinear: Annotated[bool, Field(description="fit what comes out behind the activation")] = True
     asymmetric: Annotated[
         bool, Field(description="fit to the original what stands behind layers that are approximations already")
@@ -71,13 +78,16 @@ class LowRank(Pass):
 
     def budget(self) -> Mapping[str, float]:
         given = super().budget()
-        return given if {"macs", "size", "speedup", "damage"} & given.keys() else {**given, "damage": DAMAGE}
+        stated = {"macs", "size", "speedup", "damage"} & given.keys() or self.relaxation is not None
+        return given if stated else {**given, "damage": DAMAGE}
 
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
+        if self.relaxation is not None and self.method != "tucker":
+            raise BadInput(f"relaxation= is for method=tucker, whose ranks it states; the method is {self.method}")
         shapes = model.shapes(context.batch, context.dims)
         sites = {node: find(model, node, shapes) for node in layers(model)}
         yield from (Skipped(node.name, why) for node, why in sites.items() if isinstance(why, str))
-        costs = ChainCosts(context)
+        costs = ChainCosts(context, timed=self.speedup is not None or self._goal(context) == "latency")
         planned: list[tuple[Site, Cost, list[_Option]]] = []
         for site in (s for s in sites.values() if isinstance(s, Site)):
             found = self._options(site, model, shapes, costs, context)
@@ -92,12 +102,13 @@ class LowRank(Pass):
             reference = walk.fork(BATCHES).outputs()
         advance = context.progress("weighing low-rank chains", len(planned))
         for site, before, options in planned:
-            patches = None if walk is None else inputs(site, walk, seed=context.seed)
-            covariance = None if patches is None else metric(patches)[0]
+            price, covariance, mean = 1.0, None, None
+            if walk is not None:
+                patches = inputs(site, walk, seed=context.seed)
+                mean = patches.mean(axis=0, dtype=np.float64) * site.biased
+                covariance = None if patches.shape[1] > WIDEST else metric(patches, mean)[0]
             errors = _errors(site, options, covariance, context.seed)
-            price = 1.0
-            if patches is not None:
-                mean = patches.mean(axis=0, dtype=np.float64)
+            if walk is not None:
                 price = sensitivity(site, walk, reference, options, errors, covariance, mean, context.seed)
             for option, off in zip(options, errors, strict=True):
                 yield Proposal(site.name, (site.name,), option.setting, before, option.after(before), worth(price, off))
@@ -112,29 +123,41 @@ class LowRank(Pass):
             return place
         whole = costs.of(site, place, [site.layer.whole(site.layer.weight)])
         quantity = self._quantity(context, whole)
-        found, refused, best = [], [], 1.0
+        found, refused, offered, best = [], [], 0, 0.0
         for name in AUTO if self.method == "auto" else (self.method,):
             kind = METHODS[name]
             if why := kind.refusal(site.layer):
                 refused.append(f"{name}: {why}")
                 continue
             method = kind(site.layer)
-            for setting in method.settings(self._step(site, quantity)):
+            step = self._step(site, quantity)
+            for setting in self._relaxed(method, step) if isinstance(method, Tucker) else method.settings(step):
                 after = costs.of(site, place, method.skeleton(setting))
                 gain = getattr(whole, quantity) / max(getattr(after, quantity), 1e-30)
-                best = max(best, gain)
+                offered, best = offered + 1, max(best, gain)
                 if gain >= self.min_gain:
                     found.append(_Option(kind, {"method": name, **setting}, whole, after))
         if found:
             return found
-        said = f"no chain is {self.min_gain:g} times cheaper in {_NAMES[quantity]} (the best: {best:.2f} times)"
-        return "; ".join(refused) if refused and best == 1.0 else said
+        if offered:
+            return f"no chain is {self.min_gain:g} times cheaper in {_NAMES[quantity]} (the best: {best:.2f} times)"
+        return "; ".join(refused) if self.method != "auto" and refused else "every chain takes more work than the layer"
+
+    def _relaxed(self, method: Tucker, step: int) -> Iterator[dict[str, int]]:
+        if self.relaxation is None:
+            yield from method.settings(step)
+        else:
+            full = {"inputs": method.layer.inputs, "outputs": method.layer.outputs}
+            ranks = method.vbmf(self.relaxation)
+            yield {name: min(-(-rank // step) * step, full[name]) for name, rank in ranks.items()}
 
     def _quantity(self, context: Context, whole: Cost) -> str:
         """The quantity of `Cost` that a chain has to lower."""
-        goal = next((g for b, g in (("macs", "macs"), ("size", "size")) if getattr(self, b) is not None), context.goal)
-        quantity = {"latency": "seconds", "size": "weight_bytes", "energy": "energy", "macs": "macs"}[goal]
+        quantity = GOALS[self._goal(context)]
         return quantity if getattr(whole, quantity) else "macs"
+
+    def _goal(self, context: Context) -> str:
+        return next((name for name in ("macs", "size") if getattr(self, name) is not None), context.goal)
 
     def _step(self, site: Site, quantity: str) -> int:
         if self.multiple is not None:
@@ -153,16 +176,19 @@ class LowRank(Pass):
             return
         aims = _aims(model, context)
         feeds = samples(model, context.calibration, SAMPLES)
-        keep = {site.input for site in sites}
-        here = Walk(model, context.backend, feeds, threads=context.threads, keep=keep)
-        there = Walk(aims, context.backend, feeds, threads=context.threads)
+        reads = Counter(site.input for site in sites)
+        here = Walk(model, context.backend, feeds, threads=context.threads, keep=reads)
+        there = Walk(aims, context.backend, feeds, threads=context.threads, keep={site.end for site in sites})
         advance = context.progress("fitting low-rank chains", len(sites))
         for site in sites:
             seen = observe(site, here if self.asymmetric else there, there, seed=context.seed)
             method, setting = _method(settings[site.name])
             factors, bias = reconstruct(site.layer, method, setting, seen, nonlinear=self.nonlinear, seed=context.seed)
             here.forget(site.output)
-            here.release(site.input)
+            there.release(site.end)
+            reads[site.input] -= 1
+            if not reads[site.input]:
+                here.release(site.input)
             put(model, site, factors, bias if site.biased else None)
             advance(1)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effc.choose import by_worth, choose, decisive, known, pays, saving, unreached
+from effc.choose import by_worth, choose, decisive, known, pays, saving, spend_damage, unreached
 from effc.contract import Proposal
 from effc.cost import Cost
 
@@ -247,3 +247,42 @@ def test_worth_is_damage_per_unit_saved_and_what_is_not_known_comes_last():
 def test_saving_is_before_less_after(quantity):
     assert saving(proposal("a", 30, None, size=30), quantity) == 30
     assert saving(proposal("a", -30, None, size=-30), quantity) == -30
+
+
+@settings(max_examples=300, deadline=None)
+@given(KNAPSACK, st.sampled_from([0.0, 0.1, 0.3, 1.0, 5.0]))
+def test_so_much_damage_saves_nearly_the_most_it_can(knapsack, limit):
+    """Against brute force: short of the most by no more than one proposal saves, and at most one a site is taken."""
+    proposals = proposals_of(knapsack)
+    chosen = spend_damage(proposals, limit, "macs")
+    assert len({p.site for p in chosen}) == len(chosen)
+    assert [p for p in proposals if any(p is c for c in chosen)] == chosen  # in their order
+    assert total_damage(chosen) <= limit + 1e-9 and all(saving(p, "macs") > 0 for p in chosen)
+    sites = defaultdict(list)
+    for p in proposals:
+        sites[p.site].append(p)
+    every = itertools.product(*([None, *alternatives] for alternatives in sites.values()))
+    fitting = ([p for p in picked if p is not None] for picked in every)
+    most = max(total_saving(picked) for picked in fitting if total_damage(picked) <= limit)
+    assert total_saving(chosen) >= most - max(saving(p, "macs") for p in proposals)
+
+
+def test_damage_is_spent_where_it_saves_most_by_hand():
+    """Damage a unit: a 0.0033 and then 0.0167, b 0.005, c 0.01."""
+    a, better = proposal("a", 30, 0.1, setting=1), proposal("a", 60, 0.6, setting=2)
+    b, c = proposal("b", 40, 0.2), proposal("c", 5, 0.05)
+    every = [c, better, b, a]
+    assert spend_damage(every, 0.05, "macs") == [c]  # all that fits
+    assert spend_damage(every, 0.1, "macs") == [a]
+    assert spend_damage(every, 0.31, "macs") == [b, a]
+    assert spend_damage(every, 0.4, "macs") == [c, b, a]
+    assert spend_damage(every, 0.9, "macs") == [c, better, b]
+    assert spend_damage(every, 0.01, "macs") == spend_damage([], 1.0, "macs") == []
+
+
+def test_damage_is_spent_on_what_saves_the_quantity_alone():
+    thin, small, none = proposal("a", 10, 0.0), proposal("b", 0, 0.0, size=10), proposal("c", -5, 0.0, size=-5)
+    assert spend_damage([thin, small, none], 1.0, "macs") == [thin]
+    assert spend_damage([thin, small, none], 1.0, "weight_bytes") == [small]
+    assert spend_damage([thin, timed("d", 2, 0), timed("e", 2, 1)], 1.0, "seconds") == [timed("e", 2, 1)]
+    assert spend_damage([proposal("a", 10, None), Proposal("b", damage=0.0)], 0.0, "macs") == [proposal("a", 10, None)]

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, top_k_accuracy_score
 
 from effc.data import Data, open_data
 from effc.errors import BadInput
-from effc.evaluate import Score, divergence, evaluate, paired_p
+from effc.evaluate import Score, damage, divergence, evaluate, paired_p
 
 SAMPLES, CLASSES = 70, 12
 
@@ -128,6 +128,22 @@ def test_outputs_that_are_no_class_scores(unlabelled):
     assert scores["b"].agreement is None
     assert scores["b"].damage == pytest.approx(0.01 / 2, rel=1e-5)  # two outputs, one of them equal
     assert scores["b"].value == pytest.approx(-10 * math.log10(0.01 / 2), rel=1e-5)
+
+
+def test_damage_of_outputs_at_hand():
+    """Two batches of unlike length; class scores alone count where there are any, else relative squared errors."""
+    A, B, rng = X @ WA, X @ WB, np.random.default_rng(1)
+    parts = [slice(0, 50), slice(50, SAMPLES)]
+    a, b = ([{"scores": each[part], "box": rng.normal(size=(70, 2, 2))[part]} for part in parts] for each in (A, B))
+    kl = entropy(softmax(A.astype(float), 1), softmax(B.astype(float), 1), axis=1).mean()
+    assert damage(b, a) == pytest.approx(kl, rel=1e-12)
+    assert damage(a, a) == damage(b, b) == 0
+    boxes = [[{"box": batch["box"]} for batch in each] for each in (a, b)]
+    wanted, found = (np.concatenate([batch["box"] for batch in each]) for each in boxes)
+    assert damage(boxes[1], boxes[0]) == pytest.approx(np.sum((wanted - found) ** 2) / np.sum(wanted**2), rel=1e-12)
+    assert damage([{"scores": np.full((2, 3), np.nan)}], [{"scores": np.ones((2, 3))}]) == math.inf
+    with pytest.raises(ValueError, match="longer"):
+        damage(a[:1], a)
 
 
 # --- batches --------------------------------------------------------------------------------------------------------

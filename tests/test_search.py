@@ -13,7 +13,7 @@ from effc.guard import Guard
 from effc.history import KEPT, UNDONE, NodeRecord, PassRecord, StageRecord
 from effc.measure import Latency
 from effc.model import Model
-from effc.search import GAIN, LOOKS, Search
+from effc.search import FARTHEST, GAIN, LOOKS, Search
 from effc.stages import Attempt
 from tests import networks
 
@@ -215,6 +215,71 @@ def test_what_is_foretold_to_be_slower_is_not_raced():
     told.slow.append(frozenset({2, 3}))
     assert Search(told, told.make).quickest(attempt.model, attempt, variants) is attempt
     assert told.raced == 1
+
+
+class Amounts:
+    """Attempts by the damage that they spend, and what each loses."""
+
+    def __init__(self, drop: Callable[[float], float | None]) -> None:
+        self.told = Told(lambda kept: drop(self.spent[kept]))
+        self.spent: dict[frozenset[int], float] = {}
+        self.amounts: list[float] = []
+        self.start = self.attempt(8.0)
+
+    def attempt(self, amount: float) -> Attempt:
+        mark = proposals([0.0] * (len(self.spent) + 1))
+        self.spent[frozenset(p.setting["rank"] for p in mark)] = amount
+        return self.told.make(mark)
+
+    def spend(self, amount: float) -> Attempt:
+        self.amounts.append(amount)
+        return self.attempt(amount)
+
+    def most(self, limit: float = 1.0, *, upwards: bool = True) -> tuple[float, Attempt]:
+        """The damage of the attempt that is found, and that attempt."""
+        told: Any = self.told
+        found = Search(told, told.make).most_damage(limit, self.start, 8.0, self.spend, upwards=upwards)
+        return self.spent[told.made[id(found.model)]], found
+
+
+@pytest.mark.parametrize("bound", [0.36, 1.0, 3.0, 8.0, 11.0, 12.0, 100.0])
+@pytest.mark.parametrize("upwards", [True, False])
+def test_the_most_damage_that_holds_is_found_to_half_a_doubling(bound, upwards):
+    """Amounts up to the bound hold. Seen from 8, in steps of the root of 2."""
+    tried = Amounts(lambda amount: 0.5 if amount <= bound else 2.0)
+    found, attempt = tried.most(upwards=upwards)
+    if bound >= 8 and not upwards:
+        assert found == 8 and not tried.amounts and not tried.told.chosen_on_part
+        assert attempt is tried.start and not attempt.records[0].notes
+        return
+    assert found <= bound < found * 2**0.5 * (1 + 1e-9)
+    assert tried.told.chosen_on_part and len(set(tried.amounts)) == len(tried.amounts) <= FARTHEST / 2 + 2
+    assert attempt.records[0].notes == [
+        f"as much damage as holds a drop of 1 points, of {len(tried.amounts) + 1} amounts tried: chosen on 50 samples"
+    ]
+
+
+def test_more_damage_is_tried_so_far_and_no_farther():
+    tried = Amounts(lambda amount: 0.0)
+    found, _ = tried.most()
+    assert tried.amounts == pytest.approx([16, 32, 64, 128, 256, 256 * 2**0.5])
+    assert found == pytest.approx(256 * 2**0.5)
+
+
+def test_less_damage_is_tried_by_halves():
+    tried = Amounts(lambda amount: 0.0 if amount <= 2 else 9.0)
+    assert tried.most()[0] == 2 and tried.amounts == pytest.approx([4, 2, 8**0.5])
+
+
+def test_where_no_amount_holds_the_least_is_what_comes_back():
+    tried = Amounts(lambda amount: 5.0)
+    assert tried.most()[0] == min(tried.amounts) == pytest.approx(0.25)
+    assert tried.most(upwards=False)[0] == pytest.approx(0.25)
+
+
+def test_a_drop_on_the_limit_holds_and_one_that_is_no_number_does_not():
+    assert Amounts(lambda amount: 1.0 if amount <= 8 else 1.0001).most()[0] == 8
+    assert Amounts(lambda amount: None if amount > 4 else 0.0).most()[0] == 4
 
 
 def test_seconds_decide_the_order_where_latency_is_the_goal_and_all_are_known():
