@@ -7,11 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from effc.walk import Walk
+from effc.contract import Context
+from effc.model import Model
+from effc.walk import Walk, samples
 
 from ._factors import Layer
 from ._reconstruction import Seen
-from ._sites import Site
+from ._sites import Site, layers
 
 SAMPLES, EACH = 12_288, 8  # of one layer; more if that is fewer than so many for each number of a patch
 MOST_NUMBERS = 40_000_000  # in all patches of one layer
@@ -33,6 +35,22 @@ def observe(site: Site, here: Walk, there: Walk, *, seed: int = 0) -> Seen:
         parts.append((_patches(site, now[site.input], chosen), _rows(site, then[site.end])[chosen], beside))
     patches, outputs, others = (_joined(each) for each in zip(*parts, strict=True))
     return Seen(patches, outputs, others, site.low, site.high, site.biased)
+
+
+def sizes(model: Model, context: Context) -> dict[str, tuple | None]:
+    """Shapes of all tensors; what layers read and inference does not know is seen on a sample, if there are any."""
+    known = dict(model.shapes(context.batch, context.dims))
+    read = {node.inputs[0].name for node in layers(model)}
+    missing = [name for name in read if not _fixed(known.get(name))]
+    if missing and context.calibration is not None:
+        feeds = samples(model, context.calibration, context.batch or 1)[:1]
+        for name, value in Walk(model, context.backend, feeds, keep=missing).to(*missing)[0].items():
+            known[name] = value.shape
+    return known
+
+
+def _fixed(shape: tuple | None) -> bool:
+    return shape is not None and all(isinstance(d, int) for d in shape)
 
 
 def inputs(site: Site, walk: Walk, *, seed: int = 0) -> np.ndarray:

@@ -104,6 +104,8 @@ def _no_weight(node: ir.Node) -> str:
     maker = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] is not None else None
     if maker is None:
         return "its weight is an input of the graph, not a constant"
+    if node.op_type == "MatMul" and maker.op_type != "DequantizeLinear":
+        return "its right operand is no constant"
     hint = ": split layers before their weights are encoded" if maker.op_type in ("DequantizeLinear", "Gather") else ""
     return f"its weight is made by {maker.op_type}, not a constant{hint}"
 

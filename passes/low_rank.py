@@ -29,7 +29,7 @@ from ._cp import CP
 from ._decoupled import Decoupled
 from ._factors import Factors, Layer, Method
 from ._filters import Filters, Filters3d
-from ._observed import inputs, observe
+from ._observed import inputs, observe, sizes
 from ._reconstruction import WIDEST, metric, reconstruct
 from ._separable import Separable, SeparableBasis
 from ._sites import Site, find, layers, put
@@ -84,7 +84,7 @@ class LowRank(Pass):
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
         if self.relaxation is not None and self.method != "tucker":
             raise BadInput(f"relaxation= is for method=tucker, whose ranks it states; the method is {self.method}")
-        shapes = model.shapes(context.batch, context.dims)
+        shapes = sizes(model, context)
         sites = {node: find(model, node, shapes) for node in layers(model)}
         yield from (Skipped(node.name, why) for node, why in sites.items() if isinstance(why, str))
         costs = ChainCosts(context, timed=self.speedup is not None or self._goal(context) == "latency")
@@ -94,7 +94,8 @@ class LowRank(Pass):
             if isinstance(found, str):
                 yield Skipped(site.name, found)
             else:
-                planned.append((site, context.cost_of(model, [site.name]), found))
+                known = context.cost_of(model, [site.name])
+                planned.append((site, known if known.macs else found[0].whole, found))
         walk, reference = None, []
         if context.calibration is not None and planned:
             feeds = samples(model, context.calibration, SAMPLES)
@@ -166,7 +167,7 @@ class LowRank(Pass):
         return 8 if quantity == "seconds" and narrow >= 32 else max(1, narrow // 32)
 
     def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
-        shapes = model.shapes(context.batch, context.dims)
+        shapes = sizes(model, context)
         settings = {p.site: p.setting for p in chosen}
         sites = [s for n in layers(model) if n.name in settings and isinstance(s := find(model, n, shapes), Site)]
         if context.calibration is None:
@@ -248,7 +249,7 @@ def _method(setting: Mapping[str, int | str]) -> tuple[type[Method], dict[str, i
 def _place(site: Site, model: Model, shapes: Mapping[str, tuple | None], context: Context) -> Place | str:
     size = shapes.get(site.input)
     if size is None or not all(isinstance(d, int) for d in size):
-        return "the shape of its input is not known: state its dimensions (--dim NAME=SIZE)"
+        return "the shape of its input is not known: state its dimensions (--dim NAME=SIZE), or give data (--calibrate)"
     if site.dense:
         size = (int(np.prod(size[:-1])), size[-1])
     elif len(size) == 3:

@@ -31,7 +31,8 @@ OPTIONS: dict[str, list[str]] = {
         "int8{keep_float=[conv1, 'block [0-9]*', \"a, b\"], max_drop=0.25}",
     ],
     "low-rank": [
-        "low-rank{method=tucker, relaxation=0.5, nonlinear=false, asymmetric=false, multiple=4, min_gain=1.5, macs=0.5}",
+        "low-rank{method=tucker, relaxation=0.5, nonlinear=false, asymmetric=false, multiple=4}",
+        "low-rank{min_gain=1.5, macs=0.5}",
         "low-rank{size=0.5, speedup=1.5, damage=0.1, max_drop=0.25}",
     ],
 }

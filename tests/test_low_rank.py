@@ -415,8 +415,23 @@ def test_sizes_have_to_be_known():
         context = Context(model, find("onnxruntime-avx2"), backend("onnxruntime"), dims=dims)
         found = [*LowRank(method="filters", min_gain=1).propose(model, context)]
         told = {item.reason for item in found if isinstance(item, Skipped)}
-        blind = "the shape of its input is not known: state its dimensions (--dim NAME=SIZE)"
+        blind = (
+            "the shape of its input is not known: state its dimensions (--dim NAME=SIZE), or give data (--calibrate)"
+        )
         assert (blind in told) == (not dims) == all(isinstance(item, Skipped) for item in found)
+
+
+def test_sizes_that_inference_does_not_know_are_seen_on_data():
+    """Behind a Range over the batch nothing is known but what a run shows."""
+    net = Net("ranged")
+    x = net.input("x", ["N", 24])
+    size = net.node("Gather", net.node("Shape", x, name="shape"), net.weight("first", np.int64(0)), name="size")
+    ends = net.weight("zero", np.int64(0)), size, net.weight("one", np.int64(1))
+    chosen_rows = net.node("Gather", x, net.node("Range", *ends, name="rows"), name="same", axis=0)
+    net.output(net.node("MatMul", chosen_rows, net.weight("w", thin(6, 32, 24).T.copy()), name="layer"), ["N", 32])
+    proto, recipe = net.model(), "low-rank{method=filters, multiple=2, damage=0.001}"
+    found = optimize(proto, recipe, **data(proto, True))
+    assert chosen(found)["layer"] == {"method": "filters", "rank": 6} and moved(proto, found) <= 1e-4
 
 
 def test_an_unknown_method_is_refused():

