@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import sem
 
 from effc.choose import GOALS, PREDICTED, pays
 from effc.contract import Context, Progress, Proposal, no_progress
@@ -227,6 +228,14 @@ class Guard:
     def drop(self, model: Model) -> float | None:
         """Points lost on the part of the evaluation data that is kept for choosing."""
         return self._accuracy(model, "choosing").drop
+
+    def drop_error(self, model: Model) -> float:
+        """One standard error of `drop`, in points, of pairs of answers; 0 where the metric is no share of samples."""
+        scores = self._evaluated(model, "choosing")
+        now, then = scores["model"].per_sample, scores["original"].per_sample
+        if now is None or then is None or len(now) < 2:
+            return 0.0
+        return 100 * float(sem(now.astype(float) - then))
 
     @property
     def choosing_samples(self) -> int:

@@ -50,6 +50,9 @@ class Search:
     ) -> Attempt:
         """The attempt that does most damage and holds a limit, on the part of the data that is kept for choosing.
 
+        Amounts other than the first have to hold it by one standard error: the largest of many that seem to hold does
+        so by luck in part.
+
         Args:
             limit: points that may be lost.
             start, amount: an attempt, and the damage that it spends.
@@ -63,7 +66,8 @@ class Search:
             if step not in tried:
                 tried[step] = spend(amount * 2 ** (step / 2))
             drop = self.guard.drop(tried[step].model)
-            return drop is not None and drop <= limit
+            doubt = self.guard.drop_error(tried[step].model) if step else 0.0  # what is looked for is found by chance too
+            return drop is not None and drop + doubt <= limit
 
         rising, step = holds(0), 0
         if rising and not upwards:

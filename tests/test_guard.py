@@ -244,6 +244,18 @@ def test_each_model_is_evaluated_once(monkeypatch):
     assert watching.choosing_samples == 50
 
 
+def test_the_error_of_a_drop_is_that_of_pairs_of_answers():
+    """A share of n samples whose answers go wrong: the standard error is that of a mean of ones and zeros."""
+    model = capture.from_proto(classifier())
+    other = model.clone()
+    scaled("w5", 0.0)(other, [])
+    watching = guard(model, evaluation=samples([0, 0, 5, 5] * 20))  # every other sample serves for choosing
+    wrong = np.repeat([0.0, 1.0], 20)
+    assert watching.drop(other) == 50.0
+    assert watching.drop_error(other) == pytest.approx(100 * wrong.std(ddof=1) / 40**0.5)
+    assert watching.drop_error(model) == 0
+
+
 def test_what_is_reported_comes_from_the_samples_that_did_not_serve_for_choosing():
     """Only odd samples are of class 5, whose layer is emptied."""
     model = capture.from_proto(classifier())

@@ -41,6 +41,7 @@ class Told:
         self.made: dict[int, frozenset[int]] = {}
         self.everything: list[Proposal] = []
         self.raced = 0
+        self.error = 0.0
         self.slow: list[frozenset[int]] = []  # what is foretold to be slower than before
 
     def hopeless(self, before: Model, after: Model) -> bool:
@@ -62,6 +63,9 @@ class Told:
     def drop(self, model: Model) -> float | None:
         self.looks.append(self.made[id(model)])
         return self.part(self.looks[-1])
+
+    def drop_error(self, model: Model) -> float:
+        return self.error
 
     def judge(self, record: StageRecord, before: Model, after: Model, lossy: bool, limit: float | None) -> None:
         assert lossy and limit is not None
@@ -271,6 +275,14 @@ def test_less_damage_is_tried_by_halves():
     assert tried.most()[0] == 2 and tried.amounts == pytest.approx([4, 2, 8**0.5])
 
 
+def test_amounts_that_were_looked_for_hold_by_a_standard_error():
+    tried = Amounts(lambda amount: amount / 16)  # the limit holds up to 16
+    tried.told.error = 0.25
+    assert tried.most()[0] == pytest.approx(8 * 2**0.5)
+    tried.told.error = 0.4
+    assert tried.most()[0] == 8  # the first, though it would not hold with the error added: it was not looked for
+
+
 def test_where_no_amount_holds_the_least_is_what_comes_back():
     tried = Amounts(lambda amount: 5.0)
     assert tried.most()[0] == min(tried.amounts) == pytest.approx(0.25)
@@ -310,6 +322,6 @@ def test_nothing_is_raced_without_variants_or_without_a_clock():
 
 
 def test_the_stand_in_has_what_a_guard_has():
-    for name in ("times", "choosing_samples", "drop", "judge", "race", "hopeless"):
+    for name in ("times", "choosing_samples", "drop", "drop_error", "judge", "race", "hopeless"):
         assert hasattr(Guard, name) and hasattr(Told, name)
     assert {"chosen_on_part", "goal"} <= Guard.__dataclass_fields__.keys()
