@@ -232,7 +232,8 @@ class PassManager:
         done = {node for p in chosen for node in p.nodes}
         said = ", ".join(f"{name}={value:g}" for name, value in budget.items())
         idle = {node for p in proposals if budget for node in p.nodes if node not in done}
-        return chosen, dict.fromkeys(idle, f"the budget {said} does without it") | dropped
+        why = "is spent before it" if "damage" in budget else "does without it"
+        return chosen, dict.fromkeys(idle, f"the budget {said} {why}") | dropped
 
     def _whole(self, budget: Mapping[str, float], model: Model, record: PassRecord) -> Cost:
         """What a budget is a share of. Raises BadInput where the target's share in it is not known."""

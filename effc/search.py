@@ -66,7 +66,7 @@ class Search:
             if step not in tried:
                 tried[step] = spend(amount * 2 ** (step / 2))
             drop = self.guard.drop(tried[step].model)
-            doubt = self.guard.drop_error(tried[step].model) if step else 0.0  # what is looked for is found by chance too
+            doubt = self.guard.drop_error(tried[step].model) if step else 0.0
             return drop is not None and drop + doubt <= limit
 
         rising, step = holds(0), 0

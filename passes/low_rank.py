@@ -175,7 +175,7 @@ class LowRank(Pass):
                 method, setting = _method(settings[site.name])
                 put(model, site, method(site.layer, None, context.seed).fit(setting), None)
             return
-        aims = _aims(model, context)
+        aims = _aims(model, context, sites)
         feeds = samples(model, context.calibration, SAMPLES)
         reads = Counter(site.input for site in sites)
         here = Walk(model, context.backend, feeds, threads=context.threads, keep=reads)
@@ -259,9 +259,9 @@ def _place(site: Site, model: Model, shapes: Mapping[str, tuple | None], context
     return Place(tuple(size), first, moved, site.node.inputs[1].const_value.numpy().itemsize)
 
 
-def _aims(model: Model, context: Context) -> Model:
+def _aims(model: Model, context: Context, sites: Sequence[Site]) -> Model:
     """The model that says what layers should make: the original, where it still has the same tensors."""
-    original = context.original
-    here, there = model.shapes(1), original.shapes(1)
-    ends = [node.outputs[0].name for node in layers(model)]
-    return original if all(name in there and there[name] == here[name] for name in ends) else model.clone()
+    here, there = model.shapes(1), context.original.shapes(1)
+    names = {name for site in sites for name in (site.input, site.added, site.end) if name is not None}
+    same = all(name in there and there[name] == here[name] for name in names)
+    return context.original if same else model.clone()

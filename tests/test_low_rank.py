@@ -259,7 +259,7 @@ def test_less_damage_is_milder_rewrites():
         assert sum(e.damage or 0.0 for e in each.history.passes[-1].ledger if e.status == "changed") <= amount
     assert set(chosen(found[1])) < set(chosen(found[-1])) == {"fc0", "fc1", "fc2"}
     idle = {reasons(found[1])[name] for name in {"fc0", "fc1", "fc2"} - chosen(found[1]).keys()}
-    assert idle == {"the budget damage=0.005 does without it"}
+    assert idle == {"the budget damage=0.005 is spent before it"}
     default, told = (split_digits(recipe) for recipe in ("low-rank", "low-rank{damage=0.05}"))
     assert chosen(default) == chosen(told)
 
