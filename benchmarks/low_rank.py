@@ -34,7 +34,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from effc.api import Result, optimize, real_feeds
-from effc.capture import load
+from effc.capture import from_proto, load
 from effc.data import open_data
 from effc.evaluate import evaluate
 from effc.measure import compare_many
@@ -311,7 +311,7 @@ def truncated(proto: onnx.ModelProto, ranks: Mapping[str, int]) -> Any:
         u, s, v = np.linalg.svd(numpy_helper.to_array(tensor).astype(np.float64), full_matrices=False)
         cut = (u[:, :rank] * s[:rank]) @ v[:rank]
         tensor.CopyFrom(numpy_helper.from_array(cut.astype(np.float32), tensor.name))
-    return load(other)
+    return from_proto(other)
 
 
 def sentence_model(folder: Path) -> tuple[Path, Callable[[list[str]], dict[str, np.ndarray]]]:
