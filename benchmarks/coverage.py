@@ -264,7 +264,7 @@ def at_opset(proto: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     if found < 9:
         try:
             copy = onnx.version_converter.convert_version(copy, 9)
-        except Exception:  # RuntimeError and a ConvertError of its own: the case stays as it is
+        except (RuntimeError, onnx.version_converter.ConvertError):  # the case stays as it is
             return copy
     for entry in copy.opset_import:
         if entry.domain in ("", "ai.onnx"):

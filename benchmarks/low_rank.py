@@ -357,7 +357,7 @@ def prose() -> list[str]:
             continue
         try:
             module = import_module(info.name)
-        except Exception:  # not for this platform
+        except ImportError:  # not for this platform
             continue
         for thing in (module, *vars(module).values()):
             text = re.sub(r"\s+", " ", inspect.getdoc(thing) or "")
@@ -371,13 +371,13 @@ def prose() -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ["theory", "methods", "guarded", "dense", "sentences"]
-    parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[], metavar="PART", help=", ".join(parts))
+    parser.add_argument("parts", nargs="*", choices=["all", *parts], default="all", help="any of them")
     parser.add_argument("--networks", nargs="+", choices=["resnet56", "vgg-small"], default=["resnet56", "vgg-small"])
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of multiply-accumulates, for methods")
     parser.add_argument("--json", type=Path, help="write all rows here as well")
     options = parser.parse_args()
     bench = Bench(options.networks, options.shares)
-    for part in options.parts or parts:
+    for part in parts if "all" in options.parts else options.parts:
         if part in ("methods", "guarded") and "EFFC_DATA" not in os.environ:
             print(f"\n{part}: skipped, set EFFC_DATA to the folder that holds models/ and data/")
             continue

@@ -8,7 +8,7 @@ weighed against each other until all hold (a Lagrangian relaxation, its multipli
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 
 from effc.contract import Proposal
@@ -46,21 +46,17 @@ def choose(proposals: Sequence[Proposal], budget: Mapping[str, float], total: Co
 
 def spend_damage(proposals: Sequence[Proposal], limit: float, quantity: str) -> list[Proposal]:
     """The proposals that save most of a quantity of `Cost` for so much damage in all, in the order of `proposals`."""
-    sites, weights = _by_site(proposals), {quantity: 1.0}
-    heap, taken, spent = [], {}, 0.0
-    for number, (site, alternatives) in enumerate(sites.items()):
-        if steps := _hull([p for p in alternatives if _gain(p, weights) > 0], weights):
-            heapq.heappush(heap, (_slope(None, steps[0], weights), number, site, steps))
-    while heap:
-        _, number, site, steps = heapq.heappop(heap)
-        before = taken.get(site)
-        more = (steps[0].damage or 0.0) - ((before.damage or 0.0) if before else 0.0)
+    spent = 0.0
+
+    def fits(before: Proposal | None, after: Proposal) -> bool:
+        nonlocal spent
+        more = (after.damage or 0.0) - ((before.damage or 0.0) if before else 0.0)
         if spent + more > limit * (1 + ROUNDING):
-            continue  # a smaller step of another site may still fit
+            return False  # a smaller step of another site may still fit
         spent += more
-        taken[site] = steps[0]
-        if steps[1:]:
-            heapq.heappush(heap, (_slope(steps[0], steps[1], weights), number, site, steps[1:]))
+        return True
+
+    taken = _greedy(_by_site(proposals), {quantity: 1.0}, fits)
     return [p for p in proposals if taken.get(p.site) is p]
 
 
@@ -84,18 +80,34 @@ def _wanted(budget: Mapping[str, float], total: Cost) -> dict[str, float]:
 def _spend(
     sites: Mapping[str, list[Proposal]], wanted: Mapping[str, float], weights: Mapping[str, float]
 ) -> dict[str, Proposal]:
-    """Take steps along the hulls, best first, until all that is wanted is saved; by site."""
-    taken: dict[str, Proposal] = {}
+    """Take steps along the hulls until all that is wanted is saved; by site."""
     saved = dict.fromkeys(wanted, 0.0)
+
+    def needed(before: Proposal | None, after: Proposal) -> bool:
+        if all(saved[quantity] >= amount for quantity, amount in wanted.items()):
+            return False
+        for quantity in wanted:
+            saved[quantity] += _step(before, after, quantity)
+        return True
+
+    return _greedy(sites, weights, needed)
+
+
+def _greedy(
+    sites: Mapping[str, list[Proposal]],
+    weights: Mapping[str, float],
+    take: Callable[[Proposal | None, Proposal], bool],
+) -> dict[str, Proposal]:
+    """Steps along the hulls, least damage per unit gained first; a site ends where `take` refuses the next. By site."""
+    taken: dict[str, Proposal] = {}
     heap = []
     for number, (site, alternatives) in enumerate(sites.items()):
         if steps := _hull([p for p in alternatives if _gain(p, weights) > 0], weights):
             heapq.heappush(heap, (_slope(None, steps[0], weights), number, site, steps))
-    while heap and any(saved[quantity] < amount for quantity, amount in wanted.items()):
+    while heap:
         _, number, site, steps = heapq.heappop(heap)
-        before = taken.get(site)
-        for quantity in wanted:
-            saved[quantity] += _step(before, steps[0], quantity)
+        if not take(taken.get(site), steps[0]):
+            continue
         taken[site] = steps[0]
         if steps[1:]:
             heapq.heappush(heap, (_slope(steps[0], steps[1], weights), number, site, steps[1:]))

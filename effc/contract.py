@@ -222,7 +222,8 @@ class Pass(ABC):
 
         `macs`, `size` and `energy` are shares kept, `speedup` is the predicted latency before over that after,
         `damage` is on the scale of the pass's own proposals, and `max_drop` in points of the metric. A pass with one of
-        the first four is judged by it.
+        the first four is judged by it; where `damage` is stated as well, no more than that is done, and what is missed
+        of the others is told.
         """
         names = ("macs", "size", "speedup", "energy", "damage", "max_drop")
         return {n: value for n in names if (value := getattr(self, n, None)) is not None}

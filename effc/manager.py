@@ -221,11 +221,11 @@ class PassManager:
         total = self._whole(budget, model, record)
         goals = Stage([step]).goals or (self.guard.goal,)
         damage = step.budget().get("damage")
-        if damage is None or budget:
-            chosen = choose(proposals, budget, total)
-        else:
-            budget = {"damage": damage}
+        chosen = choose(proposals, budget, total) if budget or damage is None else []
+        spent = sum(p.damage or 0.0 for p in chosen)
+        if damage is not None and (not budget or spent > damage):  # the stricter: other budgets are told to be missed
             chosen = spend_damage(proposals, damage, decisive(goals[0], proposals))
+            budget["damage"] = damage
         chosen, dropped = self.guard.worthwhile(chosen, record, goals)
         for name, reached in unreached(chosen, budget, total).items():
             record.notes.append(f"{name}={budget[name]:g} is out of reach: {reached:.3g}, going by its proposals")

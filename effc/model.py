@@ -252,6 +252,10 @@ def attributes_of(node: ir.Node) -> Collection[ir.Attr]:
     return node.attributes.data.values()
 
 
+def holds_graphs(node: ir.Node) -> bool:
+    return any(a.type in GRAPHS for a in attributes_of(node))
+
+
 def in_files(graph: ir.Graph | ir.Function) -> bool:
     """Whether a tensor that an attribute or a sub-graph holds lies in a file."""
     for node in graph:
@@ -318,7 +322,7 @@ def _all_names(model: ir.Model) -> set[str]:
 def _not_analysed(model: ir.Model) -> dict[str, str]:
     reasons = {}
     for node in model.graph:
-        if any(a.type in GRAPHS for a in attributes_of(node)):
+        if holds_graphs(node):
             reasons[node.name] = f"{node.op_type} holds a sub-graph, which is passed through untouched"
         elif node.op_identifier() in model.functions:
             reasons[node.name] = f"{node.domain}.{node.op_type} is a local function, passed through untouched"

@@ -26,7 +26,7 @@ def lift_opset(model: Model, version: int) -> None:
     weights = strip(copy)
     try:
         converted = ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(copy), version))
-    except Exception as error:  # the converter raises RuntimeError and ConvertError of its own
+    except (RuntimeError, onnx.version_converter.ConvertError) as error:
         reason = str(error).strip().splitlines()[0]
         raise PassFailed(f"opset {model.opset} could not be lifted to {version}: {reason}") from error
     inputs = list(converted.graph.inputs)

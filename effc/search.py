@@ -80,11 +80,12 @@ class Search:
         if best in tried:
             best += holds(best + 1)
         found = tried.get(best, tried[min(tried)])  # where nothing holds, the least
+        said = f"as much damage as holds a drop of {limit:g} points" if best in tried else (
+            f"the least damage that was tried, which does not hold a drop of {limit:g} points"
+        )  # fmt: skip
         for record in found.records:
-            record.notes.append(
-                f"as much damage as holds a drop of {limit:g} points, of {len(tried)} amounts tried: chosen on"
-                f" {self.guard.choosing_samples} samples"
-            )
+            samples = self.guard.choosing_samples
+            record.notes.append(f"{said}, of {len(tried)} amounts tried: chosen on {samples} samples")
         return found
 
     def within(

@@ -264,12 +264,14 @@ def load_function(text: str, folder: Path) -> Callable:
             path = (folder / place).resolve()
             unique = f"effc_user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
             spec = importlib.util.spec_from_file_location(unique, path)
-            module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+            if spec is None or spec.loader is None:
+                raise ImportError(f"{path} is no Python file")
+            module = importlib.util.module_from_spec(spec)
             sys.modules[unique] = module
-            spec.loader.exec_module(module)  # type: ignore[union-attr]
+            spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
-    except Exception as error:
+    except Exception as error:  # the user's own code, which may raise anything
         hint = "" if place.endswith(".py") else " (a file that is not installed is written file.py:function)"
         raise BadInput(f"cannot import {place!r} for {text!r}{hint}: {type(error).__name__}: {error}") from error
     function = getattr(module, name, None)

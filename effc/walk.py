@@ -17,7 +17,7 @@ import onnx_ir as ir
 from effc import edit
 from effc.data import Data, padded
 from effc.errors import BadInput
-from effc.model import Model
+from effc.model import Model, holds_graphs
 from effc.runtime import Backend
 
 BYTES = 384 * 2**20  # of what is kept at once for one model
@@ -57,7 +57,7 @@ class Walk:
         self.model, self.backend, self.threads = model, backend, threads
         self._feeds = list(feeds)
         self._batches: list[Values] = [dict(batch) for batch in feeds]
-        self._whole = any(map(_held, model.graph))  # sub-graphs read what they like: it is run from the inputs
+        self._whole = any(map(holds_graphs, model.graph))  # sub-graphs read what they like: it is run from the inputs
         self._keep = set(keep)
         self._done: set[ir.Node] = set()
 
@@ -67,10 +67,11 @@ class Walk:
         Raises:
             BadInput: the samples drive the model to NaN or infinity.
         """
-        missing = [name for name in dict.fromkeys(tensors) if name not in self._batches[0]]
+        known = self._known()[0]
+        missing = [name for name in dict.fromkeys(tensors) if name not in known]
         if missing:
             self._run(missing)
-        found = [{name: batch[name] for name in tensors} for batch in self._batches]
+        found = [{name: values[name] for name in tensors} for values in self._known()]
         self._drop()
         return found
 
@@ -136,8 +137,12 @@ class Walk:
         outputs = {v.name: v for node in needed for v in node.outputs if v.name in names or self._awaited(v, needed)}
         session = self.backend.session(self._part(needed, entries, list(outputs.values())), threads=self.threads)
         self._done |= needed
-        for batch, feeds in zip(self._batches, self._feeds, strict=True):
-            batch |= _finite(session.run({v.name: (feeds | batch)[v.name] for v in entries}))
+        for batch, values in zip(self._batches, self._known(), strict=True):
+            batch |= _finite(session.run({v.name: values[v.name] for v in entries}))
+
+    def _known(self) -> list[Values]:
+        """What is at hand, inputs included."""
+        return [{**feeds, **batch} for feeds, batch in zip(self._feeds, self._batches, strict=True)]
 
     def _part(self, needed: Collection[ir.Node], entries: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> Model:
         """The part of the model between some tensors and others, as a model of its own."""
@@ -150,9 +155,9 @@ class Walk:
         part = view.clone()
         for value in (*part.inputs, *part.outputs):
             value.shape = None if value.producer() is not None else _rank_only(value)
+        known = self._known()[0]
         for value, before in zip(part.inputs, entries, strict=True):
-            known = (self._feeds[0] | self._batches[0])[before.name]
-            value.type = value.type or ir.TensorType(ir.DataType.from_numpy(known.dtype))
+            value.type = value.type or ir.TensorType(ir.DataType.from_numpy(known[before.name].dtype))
         whole = ir.Model(part, ir_version=self.model.ir.ir_version, functions=self.model.ir.functions.values())
         return Model(whole, self.model.name)
 
@@ -199,10 +204,6 @@ def _shifted(model: Model, node: ir.Node, weight: np.ndarray, shift: np.ndarray)
     if out.is_graph_output():
         edit.hand_over_output(clone, out, add.outputs[0])
     return clone
-
-
-def _held(node: ir.Node) -> bool:
-    return any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in node.attributes.values())
 
 
 def _rank_only(value: ir.Value) -> ir.Shape | None:

@@ -7,18 +7,14 @@ factor that differs from layer to layer by orders of magnitude: that factor is m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from effc.evaluate import damage
 from effc.walk import Values, Walk
 
-from ._factors import compose
+from ._factors import Factors, compose
 from ._sites import Site, stored
-
-if TYPE_CHECKING:
-    from .low_rank import _Option
 
 USUAL = 0.1  # relative squared error that is large enough to be seen and small enough to be to first order
 LEAST = 1e-6
@@ -34,20 +30,24 @@ def worth(price: float, error: float) -> float:
     return float(np.sqrt(price) * -np.log(max(1 - error, LEAST)))
 
 
+def usual(errors: Sequence[float]) -> int:
+    """Which of some chains to measure with: the one whose error is nearest to a usual one."""
+    return int(np.argmin([abs(np.log((off + LEAST) / USUAL)) for off in errors]))
+
+
 def sensitivity(
-    site: Site, walk: Walk, reference: Sequence[Values], options: Sequence[_Option], errors: Sequence[float],
-    covariance: np.ndarray | None, mean: np.ndarray, seed: int,
-) -> float:  # fmt: skip
+    site: Site, walk: Walk, reference: Sequence[Values], chain: Factors, error: float, mean: np.ndarray
+) -> float:
     """Nats a sample for each unit of the layer's relative squared error.
 
     Args:
         walk: on its way through the model, up to the layer's input.
         reference: the model's outputs, for its first batches.
-        covariance, mean: of the patches that the layer meets.
+        chain, error: one that stands in for the layer, and its relative squared error.
+        mean: [C kh kw] of the patches that the layer meets, as far as a bias makes up for it.
     """
-    index = int(np.argmin([abs(np.log((off + LEAST) / USUAL)) for off in errors]))
-    weight = compose(options[index].rough(site.layer, covariance, seed))
-    shift = (site.layer.matrix - weight.reshape(site.layer.outputs, -1)) @ mean / site.scale  # as a bias will make up
+    weight = compose(chain)
+    shift = (site.layer.matrix - weight.reshape(site.layer.outputs, -1)) @ mean / site.scale
     shift = shift.astype(np.float32).reshape(-1, *[1] * (0 if site.dense else site.spatial))
     moved = walk.changed(site.node, stored(site, weight), shift, len(reference)).outputs()
-    return damage(moved, reference) / max(errors[index], LEAST)
+    return damage(moved, reference) / max(error, LEAST)

@@ -33,7 +33,7 @@ from ._observed import inputs, observe, sizes
 from ._reconstruction import WIDEST, metric, reconstruct
 from ._separable import Separable, SeparableBasis
 from ._sites import Site, find, layers, put
-from ._split_damage import sensitivity, worth
+from ._split_damage import sensitivity, usual, worth
 from ._tucker import Tucker
 
 METHODS: dict[str, type[Method]] = {
@@ -110,7 +110,9 @@ class LowRank(Pass):
                 covariance = None if patches.shape[1] > WIDEST else metric(patches, mean)[0]
             errors = _errors(site, options, covariance, context.seed)
             if walk is not None:
-                price = sensitivity(site, walk, reference, options, errors, covariance, mean, context.seed)
+                middle = usual(errors)
+                chain = options[middle].rough(site.layer, covariance, context.seed)
+                price = sensitivity(site, walk, reference, chain, errors[middle], mean)
             for option, off in zip(options, errors, strict=True):
                 yield Proposal(site.name, (site.name,), option.setting, before, option.after(before), worth(price, off))
             advance(1)

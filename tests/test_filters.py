@@ -7,7 +7,7 @@ import pytest
 from scipy.linalg import sqrtm
 from scipy.signal import convolve2d
 
-from effc.passes._factors import Factor, Factors, Layer, Method, compose, error, features, macs, refit
+from effc.passes._factors import LEAST, Factor, Factors, Layer, Method, compose, error, features, macs, refit
 from effc.passes._filters import Filters, Filters3d
 from effc.passes._separable import Separable
 
@@ -307,3 +307,15 @@ def test_one_setting_alone_is_fitted():
     of = layer(6, 3, 3, 3)
     method = Estimated(of)
     assert method.errors([{"rank": 2}]) == pytest.approx(Filters(of).errors([{"rank": 2}])) and method.fitted == 1
+
+
+def test_an_exact_rank_does_not_make_those_before_it_look_free():
+    """A matrix of rank 8: the trend from rank 1 to it must not fall to rounding on the way."""
+    rng = np.random.default_rng(3)
+    thin = rng.normal(size=(24, 8)) @ rng.normal(size=(8, 54))
+    method = Estimated(Layer(thin.reshape(24, 6, 3, 3)))
+    settings = [{"rank": rank} for rank in (1, 4, 6, 8, 12, 16)]
+    true = Filters(method.layer).errors(settings)
+    found = method.errors(settings)
+    assert found[0] == pytest.approx(true[0]) and max(found[-1], true[3]) < 1e-12  # as fitted, and as planted
+    assert true[2] > 0.05 and min(found[1], found[2]) > LEAST

@@ -247,6 +247,18 @@ def test_a_share_out_of_reach_is_told():
     assert found.history.passes[-1].notes == [f"macs=0.01 is out of reach: {reached:.3g}, going by its proposals"]
 
 
+def test_no_more_damage_is_done_than_stated_whatever_another_budget_wants():
+    """What is missed then is told; where the other budget needs less, the damage changes nothing."""
+    alone, held, ample = (
+        split_digits(f"low-rank{{macs=0.3{more}}}") for more in ("", ", damage=0.02", ", damage=1000")
+    )
+    hurts = [sum(e.damage or 0.0 for e in f.history.passes[-1].ledger) for f in (alone, held, ample)]
+    assert hurts[1] <= 0.02 < hurts[0] == hurts[2]
+    assert chosen(held) == chosen(split_digits("low-rank{damage=0.02, macs=0.3}")) and chosen(ample) == chosen(alone)
+    assert [note.partition(":")[0] for note in held.history.passes[-1].notes] == ["macs=0.3 is out of reach"]
+    assert multiply_accumulates(held.model.proto()) > 0.3 * multiply_accumulates(digits()[0])
+
+
 def test_less_damage_is_milder_rewrites():
     amounts = [1e-6, 0.005, 0.05, 0.2, 1.0]
     found = [split_digits(f"low-rank{{damage={amount}}}") for amount in amounts]

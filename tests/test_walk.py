@@ -93,6 +93,16 @@ def test_what_no_node_will_read_is_let_go_and_made_again_when_asked_for() -> Non
     assert len(noting.loaded) == once + 1  # from the inputs again
 
 
+@pytest.mark.parametrize("network", ["plain", "control"])
+def test_inputs_of_the_graph_are_at_hand_at_any_time(network: str) -> None:
+    proto = NETWORKS[network]()
+    _, on_way, batches = start(proto)
+    on_way.outputs()
+    name = proto.graph.input[0].name
+    for found, fed in zip(on_way.to(name), batches, strict=True):
+        np.testing.assert_array_equal(found[name], fed[name])
+
+
 def test_what_a_fork_does_leaves_the_walk_where_it_is() -> None:
     proto = networks.residual()
     _, on_way, batches = start(proto)
