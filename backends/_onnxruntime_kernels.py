@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 
-from effc.kernels import FREE, Kernel, left
+from effc.kernels import FREE, Kernel
+
+from ._onnxruntime_memory import placed
 
 SIZES: dict[int, int] = {
     onnx.TensorProto.FLOAT: 4, onnx.TensorProto.UINT8: 1, onnx.TensorProto.INT8: 1, onnx.TensorProto.INT32: 4,
@@ -109,28 +110,7 @@ def kernels(graph: onnx.GraphProto, known: Mapping[str, Tensor]) -> list[Kernel]
         if makes:
             blocked.update(node.output)
         found.append(_kernel(node, known, weights, blocked))
-    return _placed(graph, found, known)
-
-
-def _placed(graph: onnx.GraphProto, found: Sequence[Kernel], known: Mapping[str, Tensor]) -> list[Kernel]:
-    """Kernels with the bytes that they find in caches or do not: how much is moved between one touch and the next."""
-    around = sum(kernel.moved for kernel in found)
-    touched: dict[str, float] = {}
-    placed, passed = [], 0.0
-    for node, kernel in zip(graph.node, found, strict=True):
-        near = far = 0.0
-        for name in dict.fromkeys(node.input):
-            if name in known and kernel.known:
-                size = _bytes(known[name])
-                # What was not touched in this inference, weights above all, was in the one before.
-                distance = passed - touched[name] + size if name in touched else around
-                shares = left(distance)
-                near, far = near + size * shares[0], far + size * shares[1]
-        passed += kernel.moved
-        touched |= dict.fromkeys((*node.input, *node.output), passed)
-        extra = {"moved": kernel.moved, "around": around, "near": round(near), "far": round(far)}
-        placed.append(replace(kernel, dims={**kernel.dims, **extra}) if kernel.known else kernel)
-    return placed
+    return placed(graph, found, {name: _bytes(tensor) for name, tensor in known.items()})
 
 
 def _kernel(node: onnx.NodeProto, known: Mapping[str, Tensor], weights: set[str], blocked: set[str]) -> Kernel:
@@ -153,6 +133,10 @@ def _kernel(node: onnx.NodeProto, known: Mapping[str, Tensor], weights: set[str]
         kind, moved, dims, dtype = FREE, 0, NOTHING, "float32"
     else:
         dims = _elements(node, first, out, attributes, known)
+        if node.op_type in ("Resize", "Upsample"):
+            kind += _interpolation(node, attributes, first[0], out[0])
+        elif node.op_type == "Transpose" and dims["run"] > 1:
+            kind += "-runs"
     if node.op_type in INTEGER or node.op_type.startswith(("QLinear", "QGemm")):
         dtype = "int8"
     return Kernel(name, kind, tuple(node.output), dims, macs, moved, dtype)
@@ -255,19 +239,22 @@ def _elements(node, first: Tensor, out: Tensor, attributes, known) -> dict[str, 
     """Elements in and out, and the length of what is worked on as one run."""
     window = math.prod(attributes.get("kernel_shape") or [1])
     shape, made = first[0], out[0]
-    axis = attributes.get("axis", -1)
-    run, broadcast = made[-1] if made else 1, 0
+    axis = attributes.get("axis", 1 if node.op_type == "DequantizeLinear" else -1)
+    run, broadcast, extra = made[-1] if made else 1, 0, {}
     if node.op_type in ("Softmax", "LayerNormalization", "SkipLayerNormalization", "LogSoftmax") and shape:
         run = shape[axis]
+    elif node.op_type == "DequantizeLinear" and shape and math.prod(known[node.input[1]][0]) > 1:
+        run = math.prod(shape[axis % len(shape) + 1 :])  # a scale for each slice along the axis
     elif node.op_type == "Transpose":
-        run, window = _kept_run(shape, attributes.get("perm")), made[-1] if made else 1
+        run, extra = _swapped(shape, attributes.get("perm"))
     elif node.op_type == "Concat" and made:
         smallest = min(known[n][0][axis] for n in node.input if n in known and known[n][0])
         run = smallest * math.prod(made[axis % len(made) + 1 :])
     elif node.op_type in ("Split", "QLinearConcat") and made:
         run = made[axis] * math.prod(made[axis % len(made) + 1 :])
     elif node.op_type.startswith("Reorder"):
-        run = math.prod((made if node.op_type == "ReorderOutput" else shape)[2:])
+        plain = made if node.op_type == "ReorderOutput" else shape
+        run, extra = math.prod(plain[2:]), {"rows": plain[1] if len(plain) > 1 else 1}
     elif node.op_type not in ALONG_AXES:
         run = math.prod(made)
         if len(node.input) > 1 and node.op_type.removeprefix("QLinear") in ("Add", "Mul", "Sub", "Div", "Sum", "Pow"):
@@ -275,7 +262,19 @@ def _elements(node, first: Tensor, out: Tensor, attributes, known) -> dict[str, 
             run, broadcast = _broadcast_run(shape, other, made)
     elements = max(math.prod(shape), math.prod(made), 1)
     return {"elements": elements, "share": math.prod(made) / elements, "run": max(run, 1), "window": window,
-            "broadcast": broadcast}  # fmt: skip
+            "broadcast": broadcast, **extra}  # fmt: skip
+
+
+def _interpolation(node: onnx.NodeProto, attributes: Mapping[str, object], shape: Shape, made: Shape) -> str:
+    """How an image is resized: doubling in the plainest way has a kernel of its own."""
+    mode = attributes.get("mode", b"nearest").decode()
+    if mode != "nearest" or node.domain == BLOCKED:
+        return f"-{mode}"
+    plain = node.op_type == "Upsample" or (
+        attributes.get("coordinate_transformation_mode") == b"asymmetric" and attributes.get("nearest_mode") == b"floor"
+    )
+    doubled = len(shape) == 4 and made == (*shape[:2], 2 * shape[2], 2 * shape[3])
+    return "-doubled" if plain and doubled else "-nearest"
 
 
 def _broadcast_run(a: Shape, b: Shape, made: Shape) -> tuple[int, int]:
@@ -292,15 +291,19 @@ def _broadcast_run(a: Shape, b: Shape, made: Shape) -> tuple[int, int]:
     return run, 1
 
 
-def _kept_run(shape: Shape, perm: Sequence[int] | None) -> int:
-    """Elements that a transpose keeps together."""
-    perm = list(perm or range(len(shape))[::-1])
-    run = 1
-    for axis in range(len(shape) - 1, -1, -1):
-        if perm[axis] != axis:
-            break
-        run *= shape[axis]
-    return run
+def _swapped(shape: Shape, perm: Sequence[int] | None) -> tuple[int, dict[str, int]]:
+    """Elements that a transpose keeps together; the innermost axes that trade places, as rows and columns."""
+    perm = [axis for axis in perm or range(len(shape))[::-1] if shape[axis] != 1]
+    blocks: list[list[int]] = []  # axes that stay side by side
+    for axis in perm:
+        if blocks and all(shape[a] == 1 for a in range(blocks[-1][-1] + 1, axis)) and axis > blocks[-1][-1]:
+            blocks[-1].append(axis)
+        else:
+            blocks.append([axis])
+    sizes = [math.prod(shape[a] for a in block) for block in blocks]
+    kept = blocks and blocks[-1][-1] == max(perm)
+    run = sizes.pop() if kept and len(blocks) > 1 else 1
+    return run, {"rows": sizes[-1] if sizes else 1, "columns": sizes[-2] if len(sizes) > 1 else 1}
 
 
 def _op(node: onnx.NodeProto) -> str:

@@ -112,7 +112,8 @@ def _grouped(net: Net, width: int = 0, stride: int = 1) -> None:
     """Grouped convolutions, plain or with a channel shuffle behind; or several filters for each channel."""
     rng, c = net.rng, net.shape[1]
     if rng.random() < 0.12:
-        return net.conv(_fitting(net, c, 9, group=c) // c * c or c, group=c, act="Relu")
+        k = int(rng.choice([3, 3, 5, 7]))
+        return net.conv(_fitting(net, 2 * c, k * k, group=c) // c * c or c, (k, k), group=c, act="Relu")
     groups = [g for g in (2, 3, 4, 8, 16, 32) if c % g == 0 and c // g >= 2]
     if not groups:
         return _convolution(net)
@@ -131,8 +132,11 @@ def _branches(net: Net, width: int = 0, stride: int = 1) -> None:
     x, parts = net.x, []
     if net.rng.random() < 0.3:
         parts.append(x)
-    for k in net.rng.choice([1, 3, 5], size=int(net.rng.integers(2, 4)) - len(parts), p=[0.45, 0.45, 0.1]):
+    for k in net.rng.choice([0, 1, 3, 5], size=int(net.rng.integers(2, 4)) - len(parts), p=[0.15, 0.35, 0.4, 0.1]):
         net.x = x
+        if k == 0:  # Inception's branch behind a pool
+            net.simple("MaxPool", None, kernel_shape=[3, 3], strides=[1, 1], pads=[1] * 4)
+            k = 1
         net.conv(_fitting(net, channels(net.rng, 8, 192), int(k) ** 2), (int(k), int(k)), act="Relu")
         parts.append(net.x)
     total = sum(net.shapes[p][1] for p in parts)
@@ -180,11 +184,14 @@ def _pool(net: Net) -> None:
 def _moves(net: Net) -> None:
     """What only moves data: slice and pad, resize, a part of the channels, other orders of axes."""
     n, c, h, w = net.shape
-    choice = net.rng.integers(5)
-    if choice == 0 and n * c * h * w * 4 <= net.scale * MOST_ELEMENTS:
+    choice = net.rng.choice(6, p=[0.25, 0.15, 0.15, 0.15, 0.15, 0.15])
+    if choice == 5 and c * h * w % 4 == 0:
+        _boxes(net)
+    elif choice == 0 and n * c * h * w * 4 <= net.scale * MOST_ELEMENTS:
         scales = net.constant(np.array([1, 1, 2, 2], np.float32))
-        mode = str(net.rng.choice(["nearest", "linear"]))
-        extra = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"} if mode == "nearest" else {}
+        mode = str(net.rng.choice(["nearest", "nearest", "linear"]))
+        plain = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+        extra = plain if mode == "nearest" and net.rng.random() < 0.5 else {}
         net.simple("Resize", (n, c, 2 * h, 2 * w), "", scales, mode=mode, **extra)
     elif choice == 1 and c >= 16:
         ends = [net.constant(np.array(v)) for v in ([0], [c // 2], [1])]
@@ -202,6 +209,21 @@ def _moves(net: Net) -> None:
         net.simple("Transpose", (n, h, w, c), paired=False, perm=[0, 2, 3, 1])
         net.simple("Transpose", (n, c, h, w), perm=[0, 3, 1, 2])
         net.act("Relu")
+
+
+def _boxes(net: Net) -> None:
+    """What detectors do to coordinates: halves of the last axis, which is short, apart and together again."""
+    shape, count = net.shape, math.prod(net.shape[1:]) // 4
+    net.simple("Reshape", (shape[0], count, 4), net.constant(np.array([0, count, 4])))
+    x, parts = net.x, []
+    for half in (0, 2):
+        net.x = x
+        ends = [net.constant(np.array(v)) for v in ([half], [half + 2], [2])]
+        net.simple("Slice", (shape[0], count, 2), *ends)
+        net.with_("Mul", net.constant(np.full((1,), 0.9, np.float32)))
+        parts.append(net.x)
+    net.x = net.pair(net.node("Concat", *parts, shape=(shape[0], count, 4), axis=2))
+    net.simple("Reshape", shape, net.constant(np.array([0, *shape[1:]])))
 
 
 def _elementwise(net: Net) -> None:
@@ -234,7 +256,8 @@ def family(seed: int, quantised: bool) -> Made:
     rng = np.random.default_rng((1, seed))
     size = int(rng.choice([28, 32, 32, 48, 64, 96, 112, 128, 160, 192, 224]))
     batch = int(rng.choice([1, 1, 1, 1, 1, 4, 16, 32]))
-    net = Net(rng, (batch, int(rng.choice([3, 3, 3, 1])), size, size), quantised, open_batch=bool(rng.random() < 0.5))
+    colours = int(rng.choice([4, 4, 3, 1] if quantised else [3, 3, 3, 1]))  # the integer kernel wants them in fours
+    net = Net(rng, (batch, colours, size, size), quantised, open_batch=bool(rng.random() < 0.5))
     net.scale = LARGE if batch > 8 else 1.0
     k, stride = ((3, 1), (3, 2), (7, 2), (5, 2), (11, 4))[rng.choice(5, p=[0.35, 0.35, 0.16, 0.1, 0.04])]
     stride = stride if size > 64 else 1
@@ -272,8 +295,8 @@ def walk(seed: int, quantised: bool) -> Made:
 def movements(seed: int, quantised: bool) -> Made:
     """Everything but convolutions, on images."""
     rng = np.random.default_rng((3, seed))
-    batch, size = int(rng.choice([1, 1, 1, 1, 8, 32])), int(rng.choice([4, 7, 8, 14, 16, 28, 32, 56, 64, 112]))
-    scale = LARGE if batch == 32 else 1.0
+    batch, size = int(rng.choice([1, 1, 1, 4, 16, 32])), int(rng.choice([4, 7, 8, 14, 16, 28, 32, 56, 64, 112]))
+    scale = LARGE if batch >= 16 else 1.0
     c = max(4, min(channels(rng), int(scale * MOST_ELEMENTS / 2 / (batch * size * size))))
     net = Net(rng, (batch, c, size, size), quantised)
     net.scale = scale
@@ -290,13 +313,14 @@ def groups(seed: int, quantised: bool) -> Made:
     """Grouped convolutions with shuffles, at sizes as ShuffleNet and ResNeXt have them."""
     rng = np.random.default_rng((7, seed))
     batch, size = int(rng.choice([1, 1, 4, 32])), int(rng.choice([7, 14, 24, 28, 48, 56]))
-    g = int(rng.choice([2, 3, 4, 8, 8]))
-    net = Net(rng, (batch, g * int(rng.choice([4, 6, 8, 12, 16, 17, 24, 30, 34])), size, size), quantised)
+    g = int(rng.choice([2, 3, 4, 8, 8, 32]))
+    widths = (4, 8, 16) if g == 32 else (4, 6, 8, 12, 16, 17, 24, 30, 32, 34, 48, 64, 96)
+    net = Net(rng, (batch, g * int(rng.choice(widths)), size, size), quantised)
     for _ in range(5):
         n, c, h, w = net.shape
         k, stride = int(rng.choice([1, 1, 3])), int(rng.choice([1, 1, 2])) if h > 6 else 1
         most = max(1, int(MOST_MACS / (n * h * w * k * k * c / g)) // g)
-        outputs = g * max(1, min(most, int(rng.choice([4, 8, 12, 16, 17, 34, 60]))))
+        outputs = g * max(1, min(most, int(rng.choice(widths))))
         net.conv(outputs, (k, k), stride, group=g, act="Relu")
         n, c, h, w = net.shape
         net.simple("Reshape", (n, g, c // g, h, w), net.constant(np.array([0, g, c // g, h, w])), paired=False)

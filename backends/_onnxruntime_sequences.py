@@ -13,11 +13,13 @@ from ._onnxruntime_plans import MOST_MACS, Made, channels
 def dense(seed: int, quantised: bool) -> Made:
     """Dense layers of random sizes; of quantised ones some quantise as they run, or hold blocks of 4 or 8 bits."""
     rng = np.random.default_rng((4, seed))
-    rows, most = int(rng.choice([1, 1, 1, 2, 4, 8, 16, 32, 64, 128])), int(rng.choice([256, 1024, 2048, 4096]))
-    form = str(rng.choice(["pairs", "dynamic", "blocks"], p=[0.6, 0.15, 0.25])) if quantised else "float"
-    net = Net(rng, (rows, channels(rng, 16, most)), form == "pairs")
+    rows, most = int(rng.choice([1, 1, 1, 1, 1, 2, 4, 8, 16, 32, 64, 128])), int(rng.choice([256, 1024, 2048, 4096]))
+    form = str(rng.choice(["pairs", "dynamic", "blocks"], p=[0.5, 0.25, 0.25])) if quantised else "float"
+    wide = rng.random() < 0.3  # all layers near the largest: weights that no cache holds
+    net = Net(rng, (rows, channels(rng, most // 2 if wide else 16, most)), form == "pairs")
     for _ in range(int(rng.integers(3, 6))):
-        outputs = max(8, min(channels(rng, 10, most), int(MOST_MACS / (rows * net.shape[-1]))))
+        drawn = channels(rng, most // 2 if wide else 10, most)
+        outputs = max(8, min(drawn, int(MOST_MACS / (rows * net.shape[-1]))))
         if form == "dynamic":
             _dynamic(net, outputs)
         elif form == "blocks":

@@ -32,6 +32,7 @@ FILE_BYTES = 1 << 20  # weights from this size on stay in their file, if they li
 KEPT_BYTES = 1 << 24  # weights of a model up to which its message is kept for the next session
 FLAT_BYTES = 1 << 30  # weights of a model from which on reading it back keeps memory flat
 NO_PREPACKING = "session.disable_prepacking"
+RESTING = "session.force_spinning_stop"
 FOLDER = "session.model_external_initializers_file_folder_path"
 
 
@@ -157,11 +158,13 @@ class OnnxRuntimeSession:
 
 
 def session_options(threads: int = 1, optimize: bool = True) -> ort.SessionOptions:
+    """Options of every session here: workers rest between inferences, for spinning they would slow other sessions."""
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.add_session_config_entry(RESTING, "1")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry(NO_PREPACKING, "1")

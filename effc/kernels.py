@@ -17,8 +17,8 @@ FREE = "free"  # kind of what only renames a tensor
 CONVOLUTION = ("n", "c", "m", "g", "h", "w", "kh", "kw", "s", "d", "act", "sum")
 MATRIX = ("b", "m", "k", "n")
 ELEMENTS = ("elements", "share", "run", "window", "broadcast")
-COMMON = ("moved", "around", "near", "far")
-# Distances, in bytes moved in between, beyond which something has left a core's own cache, and the one that cores
+COMMON = ("moved", "around", "since", "near", "far", "made_near", "made_far")
+# Distances, in bytes touched in between, beyond which something has left a core's own cache, and the one that cores
 # share: soft steps.
 NEAR, FAR = 1e6, 2e7
 
@@ -34,9 +34,11 @@ class Kernel:
         dims: what its time depends on, by name. Convolutions: n images, c inputs and m outputs of each of g groups,
             h x w outputs, kernel kh x kw, stride s, dilation d, act (1: an activation beyond ReLU), sum (1: adds a
             tensor). Matrix products: b of [m, k] x [k, n]. Others: elements of the larger of input and output, share
-            of them that comes out, run (elements worked on together), window, broadcast (0 or 1). All: moved (bytes in
-            and out), around (bytes that the whole inference moves), near and far (bytes read that have left the near,
-            and the far cache since they were touched last; see `left`).
+            of them that comes out, run (elements worked on together), window, broadcast (0 or 1); rows and columns of
+            what is transposed, rows (channels) of what changes its layout. All: moved (bytes in and out), around
+            (bytes that go through the caches in a whole inference), since (those since the last kernel of its kind),
+            near and far (bytes read that have left the near, and the far cache since they were touched last; see
+            `left`), made_near and made_far (the same of the memory that it writes to).
         macs: multiply-accumulates; those of channels that a blocked layout pads count too.
         moved: bytes of its inputs, weights and outputs.
         dtype: type of the operands.
@@ -61,14 +63,17 @@ class Kernel:
 # Kinds that behave much like another, for where only that one was measured.
 LIKE = {
     "Sum": "Add", "Sub": "Add", "Max": "Add", "Min": "Add", "Where": "Add", "Div": "Mul", "Pow": "Mul",
-    "LeakyRelu": "Relu", "PRelu": "Relu", "Clip": "Relu", "Abs": "Relu", "Neg": "Relu", "Cast": "Relu", "Sqrt": "Relu",
-    "Reciprocal": "Relu", "Elu": "Sigmoid", "Exp": "Sigmoid", "Erf": "Sigmoid", "Tanh": "Sigmoid",
+    "LeakyRelu": "Relu", "PRelu": "Relu", "Clip": "Relu", "Abs": "Relu", "Neg": "Relu", "Cast": "Relu",
+    "Sqrt": "Relu", "Reciprocal": "Relu", "Elu": "Sigmoid", "Exp": "Sigmoid", "Erf": "Sigmoid", "Tanh": "Sigmoid",
     "HardSigmoid": "Sigmoid", "FastGelu": "Gelu", "BiasGelu": "Gelu", "LogSoftmax": "Softmax",
-    "ReduceMean": "GlobalAveragePool", "ReduceSum": "GlobalAveragePool", "InstanceNormalization": "BatchNormalization",
-    "Gather": "Concat", "Split": "Concat", "Expand": "Concat", "Tile": "Concat", "Upsample": "Resize",
-    "blocked-Upsample": "Resize", "blocked-AveragePool": "blocked-MaxPool", "blocked-Sum": "Add",
-    "QLinearLeakyRelu": "QLinearSigmoid", "conv-grouped-blocked": "conv-plain-grouped",
-    "qconv-nchw": "qconv", "qconv-patches-nchw": "qconv-patches", "qconv-depthwise-nchw": "qconv-depthwise",
+    "ReduceMean": "GlobalAveragePool", "ReduceSum": "GlobalAveragePool",
+    "InstanceNormalization": "BatchNormalization", "Gather": "Concat", "Split": "Concat", "Expand": "Concat",
+    "Tile": "Concat", "Upsample-doubled": "Resize-doubled", "Transpose-runs": "Transpose",
+    "Resize-doubled": "Resize-nearest", "Upsample-nearest": "Resize-nearest", "Upsample-linear": "Resize-linear",
+    "Resize-cubic": "Resize-linear", "blocked-Upsample-nearest": "Resize-doubled",
+    "blocked-Upsample-linear": "Resize-linear", "blocked-AveragePool": "blocked-MaxPool", "blocked-Sum": "Add",
+    "QLinearLeakyRelu": "QLinearSigmoid", "conv-grouped-blocked": "conv-plain-grouped", "qconv-nchw": "qconv",
+    "qconv-patches-nchw": "qconv-patches", "qconv-depthwise-nchw": "qconv-depthwise",
     "qconv-depthwise-patches-nchw": "qconv-depthwise-patches", "qconv-grouped-nchw": "qconv-grouped",
     "qgemm-dynamic": "qgemm", "qgemm-float": "qgemm", "qgemm-pair": "qgemm", "qgemm-dynamic-row": "qgemm-row",
     "qgemm-float-row": "qgemm-row", "gemm-row": "gemm", "qgemm-row": "qgemm", "nbits-row": "nbits",
@@ -82,7 +87,7 @@ def family(dims: Mapping[str, float]) -> tuple[str, ...]:
 
 def columns(dims: Mapping[str, float]) -> tuple[str, ...]:
     """Names of the numbers that describe a kernel, in order."""
-    extra = tuple(name for name in ("bits", "block", "level") if name in dims)
+    extra = tuple(name for name in ("bits", "block", "level", "rows", "columns") if name in dims)
     return (*family(dims), *extra, *COMMON)
 
 
@@ -95,7 +100,7 @@ def describe(dims: Mapping[str, float], size: int) -> tuple[np.ndarray, np.ndarr
 
 
 def left(distance: float) -> tuple[float, float]:
-    """Shares of a tensor that have left the near and the far cache when so many bytes were moved in between."""
+    """Shares of a tensor that have left the near and the far cache when so many bytes were touched in between."""
     return distance / (distance + NEAR), distance / (distance + FAR)
 
 
@@ -106,7 +111,7 @@ def _convolution(d: Mapping[str, float], size: int) -> tuple[np.ndarray, np.ndar
     padded = _up(outputs, 16) if d["m"] == 1 else group * _up(d["m"], 16)
     read = pixels * inputs * d["s"] ** 2
     terms = [
-        1, *left(d["around"]), d["near"], d["far"],
+        1, *left(d["since"]), *left(d["around"]), d["near"], d["far"],
         pixels * width * outputs,
         pixels * width * padded,  # whole vectors of outputs
         pixels * width * _up(outputs, 64),  # whole tiles of four vectors
@@ -120,7 +125,7 @@ def _convolution(d: Mapping[str, float], size: int) -> tuple[np.ndarray, np.ndar
         pixels * group, group,
         weights,
     ]  # fmt: skip
-    logs = [d["n"], d["c"], outputs, d["h"], d["w"], taps, d["kw"], d["s"], group, d["around"] + 1e5]
+    logs = [d["n"], d["c"], outputs, d["h"], d["w"], taps, d["kw"], d["s"], group, d["around"] + 1e5, d["since"] + 1e5]
     features = [
         *(math.log(v) for v in logs), d["act"], d["sum"], float(d["d"] > 1),
         _up(outputs, 64) / outputs - 1, _up(d["w"], 6) / d["w"] - 1,
@@ -135,13 +140,13 @@ def _matrix(d: Mapping[str, float], size: float) -> tuple[np.ndarray, np.ndarray
     bits, block = d.get("bits", 8 * size), d.get("block", 32)
     weights = count * k * n * bits / 8
     terms = [
-        1, *left(d["around"]), d["near"], d["far"], count,
+        1, *left(d["since"]), *left(d["around"]), d["near"], d["far"], count,
         count * m * k * n, count * m * k * _up(n, 16), count * _up(m, 12) * k * _up(n, 16),
         count * m * n, count * m * k,
         weights, k * n if m > 1 else 0,
     ]  # fmt: skip
     features = [
-        *(math.log(v) for v in (count, m, k, n, bits, block, d["around"] + 1e5)),
+        *(math.log(v) for v in (count, m, k, n, bits, block, d["around"] + 1e5, d["since"] + 1e5)),
         _up(m, 12) / m - 1, _up(n, 16) / n - 1, float(k % 4 == 0), float(m == 1), d.get("level", 0), *_away(d),
     ]  # fmt: skip
     return np.array(terms, float), np.array(features, float)
@@ -150,18 +155,19 @@ def _matrix(d: Mapping[str, float], size: float) -> tuple[np.ndarray, np.ndarray
 def _elements(d: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
     elements, made, moved = d["elements"], d["elements"] * d["share"], d["moved"]
     terms = [
-        1, *left(d["around"]), d["near"], d["far"],
+        1, *left(d["since"]), *left(d["around"]), d["near"], d["far"],
         elements, made, made * d["window"] if d["window"] > 1 else 0, elements / d["run"],
         moved * left(moved)[0], moved * left(moved)[1],
     ]  # fmt: skip
-    logs = [elements, d["share"], d["run"], d["window"], d["around"] + 1e5]
+    rows, columns = d.get("rows", 1), d.get("columns", 1)
+    logs = [elements, d["share"], d["run"], d["window"], d["around"] + 1e5, d["since"] + 1e5, rows, columns]
     return np.array(terms, float), np.array([*(math.log(v) for v in logs), d["broadcast"], *_away(d)], float)
 
 
-def _away(d: Mapping[str, float]) -> tuple[float, float]:
+def _away(d: Mapping[str, float]) -> tuple[float, ...]:
     """Shares of what is moved that has to come from beyond the near, and the far cache."""
     moved = max(d["moved"], 1)
-    return d["near"] / moved, d["far"] / moved
+    return d["near"] / moved, d["far"] / moved, d["made_near"] / moved, d["made_far"] / moved
 
 
 def _up(value: float, step: int) -> float:

@@ -48,8 +48,9 @@ def integer(kernel: Kernel, weight: Sequence[int] | None = None) -> Kernel | Non
 
 def _placed(dims: Mapping[str, float], moved: float) -> dict[str, float]:
     """Where codes lie that a kernel moves: all distances are a part of those of floats, so more of it is in caches."""
-    found = {"moved": moved, "around": dims["around"] / PARTS}
-    for index, (name, cache) in enumerate((("near", NEAR), ("far", FAR))):
+    found = {"moved": moved, "around": dims["around"] / PARTS, "since": dims["since"] / PARTS}
+    for name in ("near", "far", "made_near", "made_far"):
+        index, cache = (0, NEAR) if name.endswith("near") else (1, FAR)
         share = min(dims[name] / max(dims["moved"], 1), 0.999)
         distance = cache * share / (1 - share)  # at which that share would have left the cache
         found[name] = moved * left(distance / PARTS)[index]
@@ -84,9 +85,12 @@ def detour(kernel: Kernel) -> tuple[Kernel, Kernel]:
 def _conversion(kind: str, dtype: str, elements: float, size: int, layer: Mapping[str, float]) -> Kernel:
     """Of elements of `size` bytes, which have just been made."""
     moved, read = int(elements * (1 + PARTS)), elements * size
-    near, far = (read * share for share in left(read))
+    made = moved - read
+    near, far, made_near, made_far = (some * share for some in (read, made) for share in left(some))
     dims = {"elements": elements, "share": 1.0, "run": elements, "window": 1, "broadcast": 0}
-    dims |= {"moved": moved, "around": layer["around"] / PARTS, "near": near, "far": far}
+    around = layer["around"] / PARTS  # and as much since another one ran
+    dims |= {"moved": moved, "around": around, "since": around, "near": near, "far": far}
+    dims |= {"made_near": made_near, "made_far": made_far}
     return Kernel(kind, kind, (), dims, 0, moved, dtype)
 
 

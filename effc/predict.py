@@ -27,6 +27,7 @@ ROOFLINE, MEASURED = "roofline", "measured"
 JITTER_US = 0.7  # in a kernel's measured time
 FEWEST_ROWS = 10  # of a kind, below which a similar one that was measured more tells as much
 OTHER_ERROR = 0.4  # one standard deviation of what another kind tells
+GAINED, MEETING_US = 0.9, 10.0  # bounds with more threads: of the share by their number, of what they cost a kernel
 ROOFLINE_ERROR = 0.5  # one standard deviation of what only the roofline tells
 
 
@@ -163,6 +164,8 @@ def _measured(key: str, kernels: Sequence[Kernel], target: Target, threads: int)
         else:
             wider = np.column_stack([features, np.log(us)])
             ratio, more = _model(key, samples).predict(ratio_terms(us), wider)
+            # Few samples extrapolate wildly: threads gain no more than their number, and lose but what meeting costs.
+            ratio = np.clip(ratio, GAINED / most, 1 + MEETING_US / us)
         us, error = us * ratio**share, np.hypot(error, more * share)
     return [Estimate(u * 1e-6, float(e), MEASURED) for u, e in zip(us, error, strict=True)]
 

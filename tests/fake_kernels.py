@@ -34,7 +34,9 @@ def kernel(kind: str, dims: dict[str, float], around: float = 4e6, name: str = "
     moved = int(size * (read + weights + made))
     shares = zip(left(size * read), left(around), strict=True)
     near, far = (round(size * (read * just + weights * before)) for just, before in shares)
-    placed = dims | {"moved": moved, "around": around, "near": near, "far": far}
+    made_near, made_far = (round(size * made * share) for share in left(size * made))
+    placed = dims | {"moved": moved, "around": around, "since": around / 2, "near": near, "far": far}
+    placed |= {"made_near": made_near, "made_far": made_far}
     return Kernel(name, bare, (f"{name} out",), placed, int(macs), moved, dtype or ("int8" if size == 1 else "float32"))
 
 

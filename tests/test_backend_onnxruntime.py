@@ -10,7 +10,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from effc import verify
-from effc.backends.onnxruntime import OnnxRuntime, _split, newest_versions
+from effc.backends.onnxruntime import OnnxRuntime, _split, newest_versions, session_options
 from effc.capture import from_proto, load
 from effc.errors import BadInput, EffcError
 from effc.model import Model
@@ -279,3 +279,11 @@ def test_real_models_from_memory_and_from_files_agree():
         # Files with weights among their inputs are optimised less, so the numbers may differ by rounding.
         assert verify.difference(a, b) < 1e-4, path.name
         assert difference(model, feeds) < 1e-4, path.name
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_workers_of_a_session_do_not_spin_between_inferences(threads):
+    """Where two sessions take turns, those of one would hold the cores that the other's run on."""
+    options = session_options(threads)
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+    assert options.intra_op_num_threads == threads

@@ -24,13 +24,15 @@ from tests.fake_kernels import KINDS, drawn
 CONV = {"n": 2, "c": 3, "m": 5, "g": 7, "h": 4, "w": 6, "kh": 3, "kw": 1, "s": 2, "d": 1, "act": 1, "sum": 1}
 PRODUCT = {"b": 2, "m": 3, "k": 5, "n": 7}
 OTHER = {"elements": 1000, "share": 0.25, "run": 10, "window": 9, "broadcast": 1}
-PLACED = {"moved": 400, "around": 4000, "near": 100, "far": 20}
+PLACED = {"moved": 400, "around": 4000, "since": 900, "near": 100, "far": 20, "made_near": 50, "made_far": 10}
+ALWAYS = [1, *left(900), *left(4000), 100, 20]  # the terms of any kernel
 
 
 def test_families_and_their_columns():
     assert [family(d) for d in (CONV, PRODUCT, OTHER, {})] == [CONVOLUTION, MATRIX, ELEMENTS, ELEMENTS]
-    assert columns(CONV) == (*CONV, "moved", "around", "near", "far")
+    assert columns(CONV) == (*CONV, "moved", "around", "since", "near", "far", "made_near", "made_far")
     assert columns(PRODUCT | {"level": 4, "bits": 4, "block": 32}) == (*PRODUCT, "bits", "block", "level", *COMMON)
+    assert columns(OTHER | {"columns": 5, "rows": 3}) == (*OTHER, "rows", "columns", *COMMON)
     assert columns(PLACED | OTHER) == (*OTHER, *COMMON)  # in order, however the kernel states them
 
 
@@ -69,35 +71,36 @@ def test_the_terms_of_a_convolution_by_hand():
     """2 images of 4 x 6, 7 groups of 3 inputs and 5 outputs, 3 x 1 taps at stride 2: 48 pixels of 35 outputs."""
     terms = describe(CONV | PLACED, 4)[0].tolist()
     macs = 48 * 3 * 3 * 35
-    assert terms[:5] == [1, *left(4000), 100, 20]
-    assert terms[5:9] == [
+    assert terms[:7] == ALWAYS
+    assert terms[7:11] == [
         macs,
         48 * 9 * 7 * 16,  # each group's outputs in vectors of 16
         48 * 9 * 64,
         2 * 4 * 6 * 9 * 7 * 16,
     ]
-    assert terms[9:12] == [48 * 35] * 3  # written, activated, added
-    assert terms[12] == 48 * 21 * 4  # read: 8 x 12 pixels of 21 inputs
+    assert terms[11:14] == [48 * 35] * 3  # written, activated, added
+    assert terms[14] == 48 * 21 * 4  # read: 8 x 12 pixels of 21 inputs
     assert terms[-1] == 4 * 35 * 9 and describe(CONV | PLACED, 1)[0][-1] == 35 * 9  # bytes of weights
     plain = describe(CONV | PLACED | {"act": 0, "sum": 0}, 4)[0]
-    assert plain[10:12].tolist() == [0, 0]
+    assert plain[12:14].tolist() == [0, 0]
 
 
 def test_the_terms_of_a_product_by_hand():
     terms = describe(PRODUCT | PLACED, 4)[0].tolist()
-    assert terms[:6] == [1, *left(4000), 100, 20, 2]
-    assert terms[6:9] == [2 * 3 * 5 * 7, 2 * 3 * 5 * 16, 2 * 12 * 5 * 16]  # all; outputs in 16s; and rows in 12s
-    assert terms[9:] == [2 * 3 * 7, 2 * 3 * 5, 2 * 5 * 7 * 4, 5 * 7]  # written, read, weights' bytes, weights packed
+    assert terms[:8] == [*ALWAYS, 2]
+    assert terms[8:11] == [2 * 3 * 5 * 7, 2 * 3 * 5 * 16, 2 * 12 * 5 * 16]  # all; outputs in 16s; and rows in 12s
+    assert terms[11:] == [2 * 3 * 7, 2 * 3 * 5, 2 * 5 * 7 * 4, 5 * 7]  # written, read, weights' bytes, weights packed
     blocks = describe(PRODUCT | PLACED | {"bits": 4, "block": 32, "level": 4}, 4)[0]
-    assert blocks[11] == 2 * 5 * 7 / 2  # half a byte each
+    assert blocks[13] == 2 * 5 * 7 / 2  # half a byte each
     assert describe(PRODUCT | PLACED | {"m": 1}, 4)[0][-1] == 0  # a vector packs nothing
 
 
 def test_the_terms_of_other_operators_by_hand():
     terms = describe(OTHER | PLACED, 4)[0].tolist()
-    assert terms[5:9] == [1000, 250, 250 * 9, 100]  # read, made, looked at in windows, runs
-    assert terms[9:] == [400 * share for share in left(400)]
-    assert describe(OTHER | PLACED | {"window": 1}, 4)[0][7] == 0
+    assert terms[:7] == ALWAYS
+    assert terms[7:11] == [1000, 250, 250 * 9, 100]  # read, made, looked at in windows, runs
+    assert terms[11:] == [400 * share for share in left(400)]
+    assert describe(OTHER | PLACED | {"window": 1}, 4)[0][9] == 0
 
 
 def test_sizes_are_seen_as_logarithms():

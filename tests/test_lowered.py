@@ -63,7 +63,7 @@ def test_a_convolution_s_kernel_is_the_one_that_runs_once_it_is_lowered(name):
     told, runs = integer(kernel_of(before, "node_layer"), weight), kernel_of(after, "node_layer")
     assert told is not None and told.kind == runs.kind == kind
     assert (told.macs, told.dtype) == (runs.macs, runs.dtype) == (81 * outputs * inputs // group * taps**2, "int8")
-    changing = {"moved", "around", "near", "far"}  # biases and scales are not told
+    changing = {"moved", "around", "since", "near", "far", "made_near", "made_far"}  # biases and scales are not told
     assert {k: v for k, v in told.dims.items() if k not in changing} == {
         k: v for k, v in runs.dims.items() if k not in changing
     }
@@ -94,7 +94,7 @@ def test_a_dense_layer():
 
 
 DIMS = {"n": 1, "c": 16, "m": 32, "g": 1, "h": 8, "w": 8, "kh": 3, "kw": 3, "s": 2, "d": 1, "act": 1, "sum": 1}
-PLACE = {"moved": 43008, "around": 86016, "near": 4300.8, "far": 0}  # a tenth of what is moved left the near cache
+PLACE = {"moved": 43008, "around": 86016, "since": 43008, "near": 4300.8, "far": 0, "made_near": 4300.8, "made_far": 0}
 CONV = Kernel("k", "conv", ("y",), {**DIMS, **PLACE}, 64 * 32 * 144, 43008, "float32")
 
 
@@ -102,8 +102,9 @@ def test_what_is_a_kernel_of_its_own_in_integers_is_left_out():
     moved = 64 * 4 * 16 + 9 * 16 * 32 + 64 * 32  # of stride 2: an image four times as large; one byte a code
     told = integer(CONV)
     assert (told.kind, told.moved, told.dtype, told.macs, told.name) == ("qconv", moved, "int8", CONV.macs, "k")
-    # Distances are a quarter: d / (d + N) = 1 / 10 becomes 1 / 37.
-    place = {"moved": moved, "around": 21504, "near": pytest.approx(moved / 37), "far": 0}
+    # A tenth of what was moved had left the near cache. Distances are a quarter: d / (d + N) = 1 / 10 becomes 1 / 37.
+    near = pytest.approx(moved / 37)
+    place = {"moved": moved, "around": 21504, "since": 10752, "near": near, "far": 0, "made_near": near, "made_far": 0}
     assert told.dims == {**CONV.dims, "act": 0, "sum": 0, **place}
 
 

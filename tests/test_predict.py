@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from effc.capture import from_proto
-from effc.kernels import LIKE, Kernel
+from effc.kernels import COMMON, ELEMENTS, LIKE, Kernel
 from effc.model import Model
 from effc.predict import (
     FEWEST_ROWS,
@@ -47,7 +47,7 @@ def table(us: float, count: int = FEWEST_ROWS, noise: float = 0.1, alone: float 
     """Samples of Relu that all took as long, with an error as stated: nothing but a constant is fitted."""
     rows = [relu(100 * (i + 1)) for i in range(count)]
     ends = (us,) if alone is None else (alone, us)
-    names = ("elements", "share", "run", "window", "broadcast", "moved", "around", "near", "far")
+    names = (*ELEMENTS, *COMMON)
     numbers = tuple((*(float(k.dims[name]) for name in names), *ends) for k in rows)
     titles = (*names, *(("us",) if alone is None else ("us_alone", "us")))
     terms = design(titles, numbers, "Relu")[0].shape[1]
@@ -113,6 +113,16 @@ class TestThreads:
         (found,) = estimate([relu(300)], of({1: {"Relu": table(100.0)}, 4: {}}), 4)
         assert found.seconds == pytest.approx(70 * US, rel=1e-6)
         assert found.error == pytest.approx(math.hypot(0.1, 0.3), rel=1e-6)
+
+    @pytest.mark.parametrize(
+        ("alone", "together", "told"),
+        [(100.0, 60.0, 60.0), (100.0, 10.0, 45.0), (100.0, 300.0, 110.0), (2.0, 9.0, 9.0), (2.0, 30.0, 12.0)],
+    )
+    def test_threads_gain_no_more_than_their_number_and_lose_what_meeting_costs(self, alone, together, told):
+        """Two: at least 0.45 of the time alone (0.9 / 2), at most 10 microseconds more; between, what was measured."""
+        target = of({1: {"Relu": table(alone)}, 2: {"Relu": table(together, alone=alone)}})
+        (found,) = estimate([relu(300)], target, threads=2)
+        assert found.seconds == pytest.approx(told * US)
 
     def test_without_any_measured_with_more_threads_one_is_all_that_is_known(self):
         (found,) = estimate([relu(300)], of({1: {"Relu": table(100.0)}}), 4)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from effc import quiet
-from effc.quiet import FIRST_LOOKS, LOOKS, SLOWER, Quiet, lowest
+from effc.quiet import FIRST_LOOKS, LOOKS, SLOWER, SLOWER_TOGETHER, Quiet, lowest
 from effc.registry import backend
 
 LOOK, RUN = 200_000, 1_000_000  # nanoseconds of the small network, and of what is measured, undisturbed
@@ -67,9 +67,12 @@ def test_it_looks_long_enough_to_see_the_machine_at_its_best(machine):
     assert not found.now()  # slow again
 
 
-@pytest.mark.parametrize(("slow", "quiet"), [(1.0, True), (SLOWER - 0.01, True), (SLOWER + 0.01, False), (3.0, False)])
-def test_a_machine_is_disturbed_while_it_is_slower(machine, slow, quiet):
-    found = watch(machine)
+@pytest.mark.parametrize(("slow", "quiet"), [(1.0, True), (-0.01, True), (0.01, False), (3.0, False)])
+@pytest.mark.parametrize(("threads", "bound"), [(1, SLOWER), (2, SLOWER_TOGETHER)])
+def test_a_machine_is_disturbed_while_it_is_slower(machine, threads, bound, slow, quiet):
+    """Small numbers are from the bound, which is wider where threads have to meet."""
+    found = watch(machine, threads)
+    slow += bound if slow < 1 else 0
     machine.slow = slow
     assert found.now() is quiet and found.best == LOOK
     machine.slow = 1.0
