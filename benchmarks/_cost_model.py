@@ -23,6 +23,7 @@ from effc.target import find
 LEAST = 40  # models that latency is judged on
 NOISE = 0.03  # allowed of a model against itself
 EFFECT = 0.05  # a rewrite's change of latency that counts
+SESSIONS = 4  # fresh ones of a model, at most, until two agree
 TRIES = 3  # to find the machine undisturbed; then the least time has to do
 LONGEST = 2.0  # seconds of a call that is still measured
 NEVER = "-"
@@ -69,8 +70,18 @@ class Bench:
             models, feeds, backend=self.runtime, reference=first, threads=threads, seconds=seconds, pairs=4
         )
 
-    def alone(self, model: Model, batch: int, threads: int, dims: Mapping[str, int]) -> float:
-        """Milliseconds of one inference while nothing disturbs the machine, as far as patience goes."""
+    def alone(self, model: Model, batch: int, threads: int, dims: Mapping[str, int]) -> tuple[float, float]:
+        """Milliseconds of one inference while nothing disturbs the machine, as far as patience goes; and the noise.
+
+        Of up to four fresh sessions, until the two quickest agree: their mean, and the share by which they differ.
+        """
+        found: list[float] = []
+        while len(found) < 2 or (sorted(found)[1] / min(found) - 1 > NOISE and len(found) < SESSIONS):
+            found.append(self._session(model, batch, threads, dims))
+        least, other = sorted(found)[:2]
+        return (least + other) / 2, other / least - 1
+
+    def _session(self, model: Model, batch: int, threads: int, dims: Mapping[str, int]) -> float:
         if threads not in self.watches:
             self.watches[threads] = Quiet(self.runtime, threads)
         session, feeds = self.runtime.session(model, threads=threads), random_feeds(model, batch, dims)
@@ -113,6 +124,7 @@ class Row:
 
     Attributes:
         stated: standard deviation of the prediction, as a share of it.
+        noise: share by which two fresh sessions of the same model differed.
         drift: time of the network that `effc.quiet` watches, at best in this run, over that when the target was made.
     """
 
@@ -125,6 +137,7 @@ class Row:
     predicted_ms: float | None
     stated: float | None
     basis: str
+    noise: float
     drift: float
 
     @property
@@ -139,27 +152,26 @@ class Row:
     def line(self) -> str:
         predicted = NEVER if self.predicted_ms is None else f"{self.predicted_ms:.3f}"
         stated = NEVER if self.stated is None else f"{self.stated:.0%}"
-        return (
-            f"| {self.model} | {self.variant} | {self.batch} | {self.threads} | {self.measured_ms:.3f} | {predicted} |"
-            f" {percent(self.error)} | {stated} | {percent(self.steadied)} | {self.basis} |"
-        )
+        measured = f"{self.measured_ms:.3f}", f"{self.noise:.1%}"
+        said = predicted, percent(self.error), stated, percent(self.steadied), self.basis
+        cells = self.model, self.variant, self.batch, self.threads, *measured, *said
+        return f"| {' | '.join(map(str, cells))} |"
 
 
-def _row(entry: Entry, variant: str, batch: int, threads: int, ms: float, found: Estimate | None, drift: float) -> Row:
-    if found is None:
-        return Row(entry.name, entry.family, variant, batch, threads, ms, None, None, "", drift)
-    said = 1e3 * found.seconds, found.error, found.basis
-    return Row(entry.name, entry.family, variant, batch, threads, ms, *said, drift)
+def _row(entry: Entry, variant: str, batch: int, threads: int, model: Model, bench: Bench) -> Row:
+    ms, noise = bench.alone(model, batch, threads, entry.dims)
+    found, drift = bench.predicted(model, batch, threads, entry.dims), bench.drift(threads)
+    said = (None, None, "") if found is None else (1e3 * found.seconds, found.error, found.basis)
+    return Row(entry.name, entry.family, variant, batch, threads, ms, *said, noise, drift)
 
 
 def latency(bench: Bench) -> str:
     """Returns the summary."""
     entries = bench.entries()
     noise(bench, entries)
-    print(
-        "\n| model | variant | batch | threads | measured, ms | predicted, ms | error | stated | less drift | basis |"
-    )
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+    titles = "model", "variant", "batch", "threads", "measured, ms", "noise", "predicted, ms", "error", "stated"
+    titles = *titles, "less drift", "basis"
+    print(f"\n| {' | '.join(titles)} |\n|{' --- |' * len(titles)}")
     rows, skipped = [], []
     for entry in entries:
         found = list(_rows(bench, entry, skipped))
@@ -169,13 +181,20 @@ def latency(bench: Bench) -> str:
             {"part": "latency", **asdict(row), "error": row.error, "steadied": row.steadied} for row in found
         ]
     print("".join(f"\n- {line}" for line in skipped))
-    print(f"- {bench.disturbed} of {len(rows)} measurements were disturbed all the time: their least time counts")
+    print(f"- {bench.disturbed} sessions were disturbed all the time: their least time counts")
+    for threads in bench.watches:
+        own = [row.noise for row in rows if row.threads == threads]
+        print(
+            f"- noise, {threads} threads: two fresh sessions of a model differ by {np.median(own):.1%} in the median;"
+            f" {sum(n > NOISE for n in own)} of {len(own)} rows, of which no two of {SESSIONS} came within"
+            f" {NOISE:.0%}, are not judged"
+        )
     for threads in bench.watches:
         print(f"- machine's time over that at calibration, {threads} threads: {bench.drift(threads):.3f}")
     models = {row.model for row in rows}
     if len(models) < LEAST and not bench.options.quick and bench.options.models == "":
         bench.missed.append(f"latency: {len(models)} models, {LEAST} needed")
-    judged = [row for row in rows if row.error is not None]
+    judged = [row for row in rows if row.error is not None and row.noise <= NOISE]
     if not judged:
         return f"latency: {len(rows)} measurements of {len(models)} models, nothing was predicted"
     print(
@@ -194,7 +213,7 @@ def noise(bench: Bench, entries: Sequence[Entry]) -> None:
     for entry in (ANCHOR, *entries[:: max(1, len(entries) // 4)][:4]):
         model = bench.zoo.model(entry)
         for threads in bench.options.threads:
-            once, again = (bench.alone(model, model.batch or 1, threads, entry.dims) for _ in range(2))
+            once, again = (bench.alone(model, model.batch or 1, threads, entry.dims)[0] for _ in range(2))
             print(f"| {entry.name} | {threads} | {once:.3f} | {again / once:.3f} |", flush=True)
             if abs(again / once - 1) > NOISE:
                 bench.missed.append(f"noise: {entry.name}, {threads} threads: {again / once:.3f}")
@@ -213,9 +232,7 @@ def _rows(bench: Bench, entry: Entry, skipped: list[str]) -> Iterator[Row]:
             continue
         for threads in bench.options.threads:
             for variant, model in models.items():
-                ms = bench.alone(model, batch, threads, entry.dims)
-                said = bench.predicted(model, batch, threads, entry.dims)
-                yield _row(entry, variant, batch, threads, ms, said, bench.drift(threads))
+                yield _row(entry, variant, batch, threads, model, bench)
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[str, list[Row]]]:

@@ -9,9 +9,10 @@
 
 No model here served to calibrate a target. `--target` is a name or a file; without it, this machine's calibrated file
 or the shipped target that fits. $EFFC_DATA names the folder with models/; what needs it is left out where it is not
-set. Models are made once and kept in --work. `latency` times models alone, while
-nothing else disturbs the machine (`effc.quiet`); errors are stated as they are, and once more less what the machine
-itself has drifted since it was calibrated, by the small network that is watched.
+set. Models are made once and kept in --work. `latency` times models alone, in fresh sessions until two agree within
+3 %, while nothing else disturbs the machine (`effc.quiet`); what never agrees is counted and not judged. Errors are
+stated as they are, and once more less what the machine itself has drifted since it was calibrated, by the small network
+that is watched.
 
 Exit status 1 when a mark is missed; the marks are listed at the end.
 """

@@ -162,8 +162,11 @@ def _measured(key: str, kernels: Sequence[Kernel], target: Target, threads: int)
         if samples is None:
             ratio, more = np.maximum(1 / most, np.full(len(us), 0.7)), np.full(len(us), 0.3)
         else:
+            ratios = _model(key, samples)
             wider = np.column_stack([features, np.log(us)])
-            ratio, more = _model(key, samples).predict(ratio_terms(us), wider)
+            # Beyond what was measured a share is that of the nearest that was: it levels off.
+            wider = np.clip(wider, ratios.features.min(axis=0), ratios.features.max(axis=0))
+            ratio, more = ratios.predict(ratio_terms(us), wider)
             # Few samples extrapolate wildly: threads gain no more than their number, and lose but what meeting costs.
             ratio = np.clip(ratio, GAINED / most, 1 + MEETING_US / us)
         us, error = us * ratio**share, np.hypot(error, more * share)

@@ -27,7 +27,7 @@ from effc.registry import backend
 from effc.regression import Hyper
 from effc.target import Roof, Samples, Target
 from tests import networks
-from tests.fake_kernels import ROOF, drawn, kernel, law, law_together, measured
+from tests.fake_kernels import ROOF, drawn, kernel, law, law_together, measured, samples
 
 RUNTIME = backend("onnxruntime")
 US = 1e-6
@@ -123,6 +123,16 @@ class TestThreads:
         target = of({1: {"Relu": table(alone)}, 2: {"Relu": table(together, alone=alone)}})
         (found,) = estimate([relu(300)], target, threads=2)
         assert found.seconds == pytest.approx(told * US)
+
+    def test_beyond_what_was_measured_the_share_levels_off(self):
+        """It rises from 0.5 to 0.9 over the sizes measured and falls to 0.6; of one far larger it is the largest's."""
+        kernels = [relu(round(100 * 1.3**i)) for i in range(25)]
+        alone = [float(k.dims["elements"]) for k in kernels]
+        together = [us * (0.5 + i / 45 if i < 18 else 0.9 - (i - 18) / 20) for i, us in enumerate(alone)]
+        target = of({1: {"Relu": samples(kernels, alone)}, 2: {"Relu": samples(kernels, together, alone)}})
+        for elements, share in ((round(100 * 1.3**12), 0.77), (10**11, 0.6)):
+            one, two = (estimate([relu(elements)], target, threads)[0].seconds for threads in (1, 2))
+            assert two / one == pytest.approx(share, abs=0.06)
 
     def test_without_any_measured_with_more_threads_one_is_all_that_is_known(self):
         (found,) = estimate([relu(300)], of({1: {"Relu": table(100.0)}}), 4)
