@@ -35,7 +35,7 @@ class Place:
     Attributes:
         size: shape of its input: [n, C, H, W], or [rows, K] of a dense layer.
         first: it reads an input of the graph.
-        around: bytes that the whole inference moves; what was not touched since has left caches by that much.
+        around: bytes that go through the caches in a whole inference; what was not touched since has left by that much.
         weight_bytes: bytes of a weight.
     """
 
@@ -172,7 +172,7 @@ def _own(found: Sequence[Kernel], stands_for: dict[str, str], count: int) -> lis
 
 
 def _moved_apart(kernel: Kernel, around: float) -> Kernel:
-    """The kernel where so many bytes are moved in one inference: its weights have left caches since the last one."""
+    """The kernel where so many bytes go through caches in one inference: its weights have left since the last one."""
     dims, own = dict(kernel.dims), family(kernel.dims)
     if own == CONVOLUTION:
         weights = 4 * math.prod(dims[key] for key in ("m", "c", "g", "kh", "kw"))
