@@ -13,6 +13,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 from onnx import TensorProto, helper
+from onnxruntime.capi import onnxruntime_pybind11_state as native
 
 from effc.capture import load
 from effc.contract import Progress
@@ -34,6 +35,14 @@ FLAT_BYTES = 1 << 30  # weights of a model from which on reading it back keeps m
 NO_PREPACKING = "session.disable_prepacking"
 RESTING = "session.force_spinning_stop"
 FOLDER = "session.model_external_initializers_file_folder_path"
+# What it raises: exceptions of its own, which have no base in common; RuntimeError for those of C++; ValueError and
+# TypeError where its Python side or its bindings do not take an argument.
+REFUSALS: tuple[type[Exception], ...] = (
+    *(kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 class OnnxRuntime:
@@ -138,7 +147,7 @@ class OnnxRuntimeSession:
     def __init__(self, source: str | bytes, options: ort.SessionOptions, name: str) -> None:
         try:
             self._session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime's exceptions have no base of their own
+        except REFUSALS as error:
             raise EffcError(f"onnxruntime does not load {name}: {one_line(error)}") from error
         self._name = name
         self.inputs = tuple(i.name for i in self._session.get_inputs())
@@ -148,7 +157,7 @@ class OnnxRuntimeSession:
         """Outputs by name for inputs by name. Raises EffcError, in onnxruntime's words."""
         try:
             results: Sequence[Any] = self._session.run(None, feeds)
-        except Exception as error:  # no base of their own, and ValueError of its Python side for wrong feeds
+        except REFUSALS as error:
             raise EffcError(f"onnxruntime does not run {self._name}: {one_line(error)}") from error
         return dict(zip(self.outputs, results, strict=True))
 
@@ -281,7 +290,7 @@ def newest_versions() -> tuple[int, int]:
         options.log_severity_level = 4
         try:
             ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        except Exception:  # refused, which is the answer
+        except REFUSALS:
             return False
         return True
 

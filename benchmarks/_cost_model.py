@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from _zoo import ANCHOR, FLOAT, INT8, Entry, Pair, Zoo, catalogue, pairs
 
+from effc.errors import EffcError
 from effc.measure import Latency, compare_many, random_feeds
 from effc.model import Model
 from effc.predict import Estimate, predict
@@ -55,7 +56,7 @@ class Bench:
         """None where there is no prediction; why is told at the end."""
         try:
             found = predict(model, self.target, backend=self.runtime, batch=batch, dims=dims, threads=threads)
-        except Exception as error:  # one model that fails is a finding, not an end
+        except EffcError as error:
             self.unpredicted[words(error)] += 1
             return None
         return found.total
@@ -224,7 +225,7 @@ def _rows(bench: Bench, entry: Entry, skipped: list[str]) -> Iterator[Row]:
     for variant in (FLOAT, INT8):
         try:
             models[variant] = bench.zoo.model(entry, variant)
-        except Exception as error:  # whoever made it fails in his own way; it is listed, and the others go on
+        except EffcError as error:
             skipped.append(f"{entry.name}, {variant}: {words(error)}")
     for batch in bench.options.batches if FLOAT in models else ():
         if why := bench.obstacle(models[FLOAT], batch, entry.dims):
@@ -305,7 +306,7 @@ def _sign(bench: Bench, pair: Pair, batch: int, skipped: list[str]) -> None:
     dims = pair.before.dims
     try:
         models = {k: bench.zoo.model(e, v) for (k, e), v in zip(entries.items(), pair.variants, strict=True)}
-    except Exception as error:  # whoever made it fails in his own way; it is listed, and the others go on
+    except EffcError as error:
         skipped.append(f"{pair.name}: {words(error)}")
         return
     if why := bench.obstacle(models["before"], batch, dims):

@@ -26,6 +26,7 @@ from onnx import numpy_helper
 
 from effc.api import optimize
 from effc.capture import load
+from effc.errors import EffcError
 from effc.measure import random_feeds
 from effc.model import Model
 from effc.save import save
@@ -59,7 +60,7 @@ class Pair:
     variants: tuple[str, str] = (FLOAT, FLOAT)
 
 
-class NotLowered(Exception):
+class NotLowered(EffcError):
     """Nothing of a model became int8."""
 
 

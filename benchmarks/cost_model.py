@@ -38,6 +38,7 @@ from scale import HEAD, Transformer
 
 from effc.capture import load
 from effc.cost import cost
+from effc.errors import EffcError
 from effc.model import Model, collection_paused
 from effc.predict import predict
 
@@ -73,7 +74,7 @@ def macs(bench: Bench) -> str:
             light = LIGHT / f"light_{entry.name}.onnx"
             path = light if entry.family == "light" else bench.zoo.file(entry)
             found, counted = cost(load(path), 1, entry.dims), counted_macs(onnx.load(path), entry.dims)
-        except Exception as error:  # whatever it is, the mark is missed, and the other networks still count
+        except EffcError as error:
             bench.missed.append(f"macs of {entry.name}: {words(error)}")
             continue
         own, done = found.total.macs, done + 1

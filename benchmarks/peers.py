@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -135,7 +136,8 @@ class _Reader(CalibrationDataReader):
     def __init__(self, batches: Iterable[Feeds]) -> None:
         self._batches = iter(batches)
 
-    def get_next(self) -> Feeds | None:  # type: ignore[override]  # the base class says dict, and means "or None"
+    def get_next(self) -> Any:
+        """The next feeds, or None behind the last; the base class says dict for both."""
         return next(self._batches, None)
 
 

@@ -223,7 +223,7 @@ def _write_data(model: Model, path: Path, places: dict[str, tuple[str, int]]) ->
 def _check(path: Path, backend: Backend) -> None:
     try:
         onnx.checker.check_model(str(path))  # by path: a message over 2 GiB cannot be passed
-    except Exception as error:  # ValidationError, and what protobuf raises
+    except onnx.checker.ValidationError as error:
         raise InvalidModel(f"the ONNX checker refuses the model: {_said(error)}") from error
     backend.session(path, optimize=False)
 

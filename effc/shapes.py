@@ -320,7 +320,7 @@ def _symbolic(proto: onnx.ModelProto) -> dict[str, tuple | None]:
             inference._infer_impl()
         inference._update_output_from_vi()
         return _read(inference.out_mp_.graph)
-    except Exception:  # its failures have no common type, and it is a second opinion only
+    except Exception:  # it raises bare Exception itself, and what its slips raise; it is a second opinion only
         return {}
     finally:
         logger.setLevel(level)

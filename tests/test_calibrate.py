@@ -80,7 +80,8 @@ def cores(monkeypatch):
 def made() -> Target:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(effc.calibrate, "cores", lambda: ALL)
-        return calibrate(Fake(), seconds=10)  # type: ignore[arg-type]
+        runtime: Any = Fake()
+        return calibrate(runtime, seconds=10)
 
 
 def off(target: Target, kernels: Sequence[Kernel], threads: int, time: Any) -> np.ndarray:

@@ -45,10 +45,12 @@ def test_a_budget_is_what_was_given_under_the_shared_names():
 
 
 def test_a_pass_and_a_proposal_cannot_be_changed():
+    step: Any = Budgeted()
+    proposal: Any = Proposal("a")
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Budgeted().macs = 0.5  # type: ignore[misc]
+        step.macs = 0.5
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Proposal("a").damage = 0.5  # type: ignore[misc]
+        proposal.damage = 0.5
     assert Proposal("a") == Proposal("a", (), {}, None, None, None)
 
 
@@ -59,8 +61,9 @@ def test_a_pass_that_does_not_propose_or_rewrite_is_none():
         def propose(self, model, context):
             return iter(())
 
+    kind: Any = Half
     with pytest.raises(TypeError, match="rewrite"):
-        Half()  # type: ignore[abstract]
+        kind()
 
 
 def test_progress_may_go_nowhere():

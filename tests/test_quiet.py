@@ -54,8 +54,8 @@ def machine(monkeypatch) -> Machine:
     return made
 
 
-def watch(machine: Machine, threads: int = 1) -> Quiet:
-    return Quiet(machine, threads, machine.clock)  # type: ignore[arg-type]
+def watch(machine: Any, threads: int = 1) -> Quiet:
+    return Quiet(machine, threads, machine.clock)
 
 
 def test_it_looks_long_enough_to_see_the_machine_at_its_best(machine):
@@ -96,11 +96,11 @@ def test_a_machine_that_gets_quicker_is_held_to_that(machine):
     assert found.now() is False
 
 
-LIMITS = {"seconds": 0.04, "fewest": 2, "most": 30, "patience": 1.0}
+LIMITS: dict[str, Any] = {"seconds": 0.04, "fewest": 2, "most": 30, "patience": 1.0}
 
 
 def runs(machine: Machine, **limits: float) -> tuple[list[int], list[int]]:
-    return watch(machine).runs(machine.run, **LIMITS | limits)  # type: ignore[arg-type]
+    return watch(machine).runs(machine.run, **LIMITS | limits)
 
 
 def test_runs_of_an_undisturbed_machine_count_but_for_each_block_s_first(machine):
@@ -131,7 +131,7 @@ def test_wishes_are_kept_within_limits(machine, work, wanted):
 def test_long_runs_go_in_blocks_of_their_own(machine):
     """One that takes longer than a block is looked at before and after each time; the second of two counts."""
     slow = SimpleNamespace(run=lambda: setattr(machine, "now", machine.now + 50_000_000))
-    times, good = watch(machine).runs(slow.run, **LIMITS | {"fewest": 2, "patience": 10.0})  # type: ignore[arg-type]
+    times, good = watch(machine).runs(slow.run, **LIMITS | {"fewest": 2, "patience": 10.0})
     assert good == [4, 6] and len(times) == 7
 
 
@@ -140,7 +140,7 @@ def test_patience_ends(machine):
     found = watch(machine)
     machine.slow = 2.0
     started = machine.now
-    times, good = found.runs(machine.run, **LIMITS | {"patience": 0.2})  # type: ignore[arg-type]
+    times, good = found.runs(machine.run, **LIMITS | {"patience": 0.2})
     waited = (machine.now - started) / 1e9
     assert len(times) > 3 and 0.2 <= waited < 0.2 + 3 * 2 * RUN / 1e9 + 0.05
     assert not good or max(good) < len(times)
