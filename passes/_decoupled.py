@@ -30,8 +30,13 @@ class Decoupled(Method):
         return too_dear(layer, cls(layer).skeleton({"terms": 1}), "one filter a channel")
 
     def settings(self, step: int) -> Iterator[dict[str, int]]:
-        unit, layer = macs(self.skeleton({"terms": 1})), self.layer
-        return ({"terms": each} for each in spread_filters(unit, layer, min(layer.outputs, layer.taps), step))
+        unit = macs(self.skeleton({"terms": 1}))
+        return ({"terms": each} for each in spread_filters(unit, self.layer, self.most, step))
+
+    @property
+    def most(self) -> int:
+        """Terms with which the chain is exact."""
+        return min(self.layer.outputs, self.layer.taps)
 
     def skeleton(self, setting: Setting) -> Factors:
         layer, channels = self.layer, self.layer.inputs * setting["terms"]

@@ -13,12 +13,13 @@ from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
+from scipy import linalg
 
 from ._factors import Factor, Factors, Layer, Method, Setting, blank, macs, spread
 from ._separable import Separable
 
 RANKS = 16  # to choose from
-WIDE = 2048  # outputs, from which on decompositions are made in single precision
+WIDE = 2048  # outputs, above which decompositions are made in single precision, and only as far as they are needed
 
 
 class Filters(Method):
@@ -37,30 +38,43 @@ class Filters(Method):
 
     def fit(self, setting: Setting) -> Factors:
         d = setting["rank"]
-        basis = self._directions[:, :d]
+        basis = self._leading(d)
         inner = (basis.T @ self.layer.matrix).reshape(d, self.layer.inputs, *self.layer.kernel)
         return self.layer.whole(inner), Factor(basis[:, :, None, None])
 
     def errors(self, settings: Sequence[Setting]) -> list[float]:
         """Exact: the share of the power that lies in directions that are left out."""
-        powers, _ = self._outputs
-        left_out = np.append(np.cumsum(powers[::-1])[::-1], 0.0)
+        left_out = np.append(np.cumsum(self._powers[::-1])[::-1], 0.0)
         return [float(max(left_out[s["rank"]], 0.0) / max(left_out[0], 1e-300)) for s in settings]
 
-    @property
-    def _directions(self) -> np.ndarray:
-        return self._outputs[1]
+    def _leading(self, d: int) -> np.ndarray:
+        """The directions [N, d] along which outputs have most power, most first."""
+        n = self.layer.outputs
+        if n <= WIDE:
+            return self._directions[1][:, :d]
+        return linalg.eigh(self._power, subset_by_index=(n - d, n - 1), check_finite=False)[1][:, ::-1]
 
     @cached_property
-    def _outputs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Power [N] of the outputs along directions [N, N], most first."""
+    def _powers(self) -> np.ndarray:
+        """Power [N] of the outputs along all directions, most first."""
+        if self.layer.outputs <= WIDE:
+            return self._directions[0]
+        return linalg.eigh(self._power, eigvals_only=True, check_finite=False)[::-1]
+
+    @cached_property
+    def _directions(self) -> tuple[np.ndarray, np.ndarray]:
+        powers, directions = np.linalg.eigh(self._power)
+        return powers[::-1], directions[:, ::-1]
+
+    @cached_property
+    def _power(self) -> np.ndarray:
+        """W S W^T, [N, N]."""
         matrix, covariance = self.layer.matrix, self.covariance
         if self.layer.outputs > WIDE:
             matrix = matrix.astype(np.float32)
             covariance = None if covariance is None else covariance.astype(np.float32)
         power = matrix @ matrix.T if covariance is None else matrix @ covariance @ matrix.T
-        powers, directions = np.linalg.eigh((power + power.T) / 2)
-        return powers[::-1], directions[:, ::-1]
+        return (power + power.T) / 2
 
 
 class Filters3d(Method):

@@ -12,11 +12,12 @@ from effc.model import Model
 from effc.walk import Walk, samples
 
 from ._factors import Layer
-from ._reconstruction import Seen
+from ._reconstruction import WIDEST, Seen, metric
 from ._sites import Site, layers
 
 SAMPLES, EACH = 12_288, 8  # of one layer; more if that is fewer than so many for each number of a patch
 MOST_NUMBERS = 40_000_000  # in all patches of one layer
+KEPT = 256 * 2**20  # bytes of moments that are remembered
 
 
 def observe(site: Site, here: Walk, there: Walk, *, seed: int = 0) -> Seen:
@@ -53,7 +54,29 @@ def _fixed(shape: tuple | None) -> bool:
     return shape is not None and all(isinstance(d, int) for d in shape)
 
 
-def inputs(site: Site, walk: Walk, *, seed: int = 0) -> np.ndarray:
+def moments(site: Site, walk: Walk, context: Context) -> tuple[np.ndarray, np.ndarray | None]:
+    """Mean [D] of the patches that a layer meets, as far as a bias makes up for it, and their covariance about it.
+
+    The covariance, [D, D] with D = C kh kw, has a ridge (`metric`); it is None where D is over `WIDEST`. Both are
+    computed once for a state of the model, and then known to whoever asks, as long as all take `KEPT` bytes at most.
+    """
+    digest = None if context.calibration is None else context.calibration.digest
+    known = walk.model.cached(("moments", digest, context.seed), dict, for_clones=True)
+    if site.name in known:
+        return known[site.name]
+    patches = _inputs(site, walk, context.seed)
+    mean = patches.mean(axis=0, dtype=np.float64) * site.biased
+    found = mean, None if len(mean) > WIDEST else metric(patches, mean)[0]
+    if sum(_bytes(each) for each in known.values()) + _bytes(found) <= KEPT:
+        known[site.name] = found
+    return found
+
+
+def _bytes(arrays: Sequence[np.ndarray | None]) -> int:
+    return sum(array.nbytes for array in arrays if array is not None)
+
+
+def _inputs(site: Site, walk: Walk, seed: int) -> np.ndarray:
     """Patches [S, C kh kw] that a layer meets."""
     found = [batch[site.input] for batch in walk.to(site.input)]
     rng = np.random.default_rng(seed)

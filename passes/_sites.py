@@ -7,7 +7,7 @@ out there is what later layers see, and what an approximation should keep.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +17,7 @@ from effc.layers import WEIGHTED, bias_array, constant_weight, dilations, output
 from effc.model import STANDARD_DOMAINS, Model
 from effc.placement import clip_bounds
 
-from ._factors import Factors, Layer
+from ._factors import Factors, Layer, blank
 from .fold_batchnorm import scale_and_shift
 
 
@@ -29,6 +29,7 @@ class Site:
         layer: its weight, with the scale of the batch norm behind it.
         scale, shift: [N] of that batch norm: what stands behind it is scale * (layer's own output) + shift.
         bias: [N] or None; beta counted in.
+        adding: the Add behind a MatMul whose constant operand is the bias, or None.
         end: name of the tensor before the activation: behind batch norm and sum.
         added: name of the tensor that the sum adds, or None.
         low, high: bounds of the activation; infinite where none follows.
@@ -43,6 +44,7 @@ class Site:
     added: str | None
     low: float
     high: float
+    adding: ir.Node | None = None
 
     @property
     def name(self) -> str:
@@ -67,8 +69,12 @@ class Site:
 
     @property
     def biased(self) -> bool:
-        """Whether it can have a bias: a MatMul cannot."""
-        return self.node.op_type != "MatMul"
+        """Whether it can have a bias: a MatMul cannot, but where one is added behind it."""
+        return self.node.op_type != "MatMul" or self.adding is not None
+
+    def outline(self) -> Site:
+        """The same without the weight's numbers."""
+        return replace(self, layer=replace(self.layer, weight=blank(*self.layer.weight.shape)))
 
 
 def find(model: Model, node: ir.Node, shapes: dict[str, tuple | None]) -> Site | str:
@@ -92,12 +98,16 @@ def find(model: Model, node: ir.Node, shapes: dict[str, tuple | None]) -> Site |
     layer = _convolution(node, weight, shapes) if node.op_type == "Conv" else _dense(node, weight)
     if isinstance(layer, str):
         return layer
+    adding = _adding(model, node, layer.outputs, shapes)
+    out = node.outputs[0]
+    if adding is not None:
+        bias, out = _operand(model, adding, out)[1].reshape(-1), adding.outputs[0]
     by_channel = node.op_type != "MatMul" or len(shapes.get(node.outputs[0].name) or ()) == 2  # what a norm goes by
-    scale, shift, end = _behind_norm(node, layer.outputs) if by_channel else _plain(node, layer.outputs)
+    scale, shift, end = _behind_norm(out, layer.outputs) if by_channel else _plain(out, layer.outputs)
     added, end = _sum(end, shapes)
     low, high = _activation(end)
     scaled = Layer(layer.weight * scale[:, None, None, None], layer.strides, layer.dilations, layer.pads)
-    return Site(node, scaled, scale, shift, bias, end.name or "", added, low, high)
+    return Site(node, scaled, scale, shift, bias, end.name or "", added, low, high, adding)
 
 
 def _no_weight(node: ir.Node) -> str:
@@ -140,20 +150,36 @@ def _dense(node: ir.Node, weight: np.ndarray) -> Layer | str:
     return Layer(alpha * matrix.astype(np.float64)[:, :, None, None])
 
 
-def _behind_norm(node: ir.Node, outputs: int) -> tuple[np.ndarray, np.ndarray, ir.Value]:
-    """Scale and shift of a batch norm that alone reads the layer, and what comes out behind it."""
-    out = node.outputs[0]
+def _adding(model: Model, node: ir.Node, outputs: int, shapes: dict[str, tuple | None]) -> ir.Node | None:
+    """The Add that alone reads a MatMul and adds one constant to each of its outputs."""
+    reader = _only_reader(node.outputs[0]) if node.op_type == "MatMul" else None
+    if reader is None or reader.op_type != "Add":
+        return None
+    operand = _operand(model, reader, node.outputs[0])[1]
+    if operand is None or operand.shape[-1:] != (outputs,) or operand.size != outputs:
+        return None
+    return reader if operand.ndim <= max(1, len(shapes.get(node.outputs[0].name) or ())) else None
+
+
+def _operand(model: Model, adding: ir.Node, made: ir.Value) -> tuple[int, np.ndarray | None]:
+    """What an Add adds to a tensor: its place among the inputs, and its numbers where it is a constant."""
+    place = 1 if adding.inputs[0] is made else 0
+    return place, model.constant(adding.inputs[place])
+
+
+def _behind_norm(out: ir.Value, outputs: int) -> tuple[np.ndarray, np.ndarray, ir.Value]:
+    """Scale and shift of a batch norm that alone reads a layer's output, and what comes out behind it."""
     reader = _only_reader(out)
     if reader is not None and reader.op_type == "BatchNormalization" and reader.inputs[0] is out:
         numbers = scale_and_shift(reader)
         # What a channel of scale 0 makes is never seen: there is nothing to scale back.
         if not isinstance(numbers, str) and np.all(numbers[0] != 0):
             return *numbers, reader.outputs[0]
-    return _plain(node, outputs)
+    return _plain(out, outputs)
 
 
-def _plain(node: ir.Node, outputs: int) -> tuple[np.ndarray, np.ndarray, ir.Value]:
-    return np.ones(outputs), np.zeros(outputs), node.outputs[0]
+def _plain(out: ir.Value, outputs: int) -> tuple[np.ndarray, np.ndarray, ir.Value]:
+    return np.ones(outputs), np.zeros(outputs), out
 
 
 def _sum(end: ir.Value, shapes: dict[str, tuple | None]) -> tuple[str | None, ir.Value]:
@@ -208,12 +234,24 @@ def put(model: Model, site: Site, factors: Factors, bias: np.ndarray | None) -> 
         ends = number == len(factors) - 1
         hint = f"{site.name}_{'abcd'[number]}"
         make = _dense_node if site.dense else _convolution_node
-        extra = added.astype(dtype) if ends and added is not None else None
+        extra = added.astype(dtype) if ends and added is not None and site.adding is None else None
         node = make(model, site, factor, weight.astype(dtype), x, hint, extra)
         nodes.append(node)
         x = node.outputs[0]
+    if site.adding is not None and bias is not None:
+        _set_added(model, site, added.astype(dtype))
     edit.replace(model, [site.node], nodes, {site.node.outputs[0]: x})
     return nodes
+
+
+def _set_added(model: Model, site: Site, numbers: np.ndarray) -> None:
+    """Let the Add behind a MatMul add other numbers."""
+    place, before = _operand(model, site.adding, site.node.outputs[0])
+    value, numbers = site.adding.inputs[place], numbers.reshape(before.shape)
+    if value.is_initializer() and len(value.uses()) == 1:
+        edit.set_initializer(model, value, numbers)
+    else:
+        edit.set_input(model, site.adding, place, edit.add_initializer(model, f"{site.name}_bias", numbers))
 
 
 def stored(site: Site, weight: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
+import onnx_ir as ir
 from pydantic import Field
 
 from effc.choose import GOALS
@@ -27,13 +28,13 @@ from effc.walk import Walk, samples
 from ._chain_costs import ChainCosts, Place
 from ._cp import CP
 from ._decoupled import Decoupled
-from ._factors import Factors, Layer, Method
+from ._factors import Method
 from ._filters import Filters, Filters3d
-from ._observed import inputs, observe, sizes
-from ._reconstruction import WIDEST, metric, reconstruct
+from ._observed import moments, observe, sizes
+from ._reconstruction import reconstruct
 from ._separable import Separable, SeparableBasis
 from ._sites import Site, find, layers, put
-from ._split_damage import sensitivity, usual, worth
+from ._split_damage import sensitivity, worth
 from ._tucker import Tucker
 
 METHODS: dict[str, type[Method]] = {
@@ -58,6 +59,9 @@ class LowRank(Pass):
         float | None,
         Field(ge=0, lt=1, description="method=tucker: ranks by variational Bayes, so far back towards full; no budget"),
     ] = None
+    terms: Annotated[
+        int | None, Field(ge=1, description="method=depthwise: filters a channel, 1 as in MobileNet; no budget")
+    ] = None
     nonlinear: Annotated[bool, Field(description="fit what comes out behind the activation")] = True
     asymmetric: Annotated[
         bool, Field(description="fit to the original what stands behind layers that are approximations already")
@@ -78,43 +82,40 @@ class LowRank(Pass):
 
     def budget(self) -> Mapping[str, float]:
         given = super().budget()
-        stated = {"macs", "size", "speedup", "damage"} & given.keys() or self.relaxation is not None
+        stated = {"macs", "size", "speedup", "damage"} & given.keys() or self.relaxation is not None or self.terms
         return given if stated else {**given, "damage": DAMAGE}
 
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
-        if self.relaxation is not None and self.method != "tucker":
-            raise BadInput(f"relaxation= is for method=tucker, whose ranks it states; the method is {self.method}")
+        for name, method in (("relaxation", "tucker"), ("terms", "depthwise")):
+            if getattr(self, name) is not None and self.method != method:
+                raise BadInput(f"{name}= is for method={method}, whose ranks it states; the method is {self.method}")
         shapes = sizes(model, context)
-        sites = {node: find(model, node, shapes) for node in layers(model)}
-        yield from (Skipped(node.name, why) for node, why in sites.items() if isinstance(why, str))
         costs = ChainCosts(context, timed=self.speedup is not None or self._goal(context) == "latency")
-        planned: list[tuple[Site, Cost, list[_Option]]] = []
-        for site in (s for s in sites.values() if isinstance(s, Site)):
-            found = self._options(site, model, shapes, costs, context)
+        planned: list[tuple[ir.Node, Cost, list[_Option]]] = []
+        for node in layers(model):
+            site = find(model, node, shapes)
+            found = site if isinstance(site, str) else self._options(site, model, shapes, costs, context)
             if isinstance(found, str):
-                yield Skipped(site.name, found)
+                yield Skipped(node.name, found)
             else:
-                known = context.cost_of(model, [site.name])
-                planned.append((site, known if known.macs else found[0].whole, found))
+                known = context.cost_of(model, [node.name])
+                planned.append((node, known if known.macs else found[0].whole, found))
         walk, reference = None, []
         if context.calibration is not None and planned:
             feeds = samples(model, context.calibration, SAMPLES)
             walk = Walk(model, context.backend, feeds, threads=context.threads)
             reference = walk.fork(BATCHES).outputs()
         advance = context.progress("weighing low-rank chains", len(planned))
-        for site, before, options in planned:
-            price, covariance, mean = 1.0, None, None
+        for node, before, options in planned:
+            site = _site(model, node, shapes)
+            price, covariance = 1.0, None
             if walk is not None:
-                patches = inputs(site, walk, seed=context.seed)
-                mean = patches.mean(axis=0, dtype=np.float64) * site.biased
-                covariance = None if patches.shape[1] > WIDEST else metric(patches, mean)[0]
+                mean, covariance = moments(site, walk, context)
+                price = sensitivity(site, walk, reference, covariance, mean)
             errors = _errors(site, options, covariance, context.seed)
-            if walk is not None:
-                middle = usual(errors)
-                chain = options[middle].rough(site.layer, covariance, context.seed)
-                price = sensitivity(site, walk, reference, chain, errors[middle], mean)
+            nodes = (site.name,) if site.adding is None or walk is None else (site.name, site.adding.name or "")
             for option, off in zip(options, errors, strict=True):
-                yield Proposal(site.name, (site.name,), option.setting, before, option.after(before), worth(price, off))
+                yield Proposal(site.name, nodes, option.setting, before, option.after(before), worth(price, off))
             advance(1)
 
     def _options(
@@ -134,7 +135,7 @@ class LowRank(Pass):
                 continue
             method = kind(site.layer)
             step = self._step(site, quantity)
-            for setting in self._relaxed(method, step) if isinstance(method, Tucker) else method.settings(step):
+            for setting in self._settings(method, step):
                 after = costs.of(site, place, method.skeleton(setting))
                 gain = getattr(whole, quantity) / max(getattr(after, quantity), 1e-30)
                 offered, best = offered + 1, max(best, gain)
@@ -146,13 +147,16 @@ class LowRank(Pass):
             return f"no chain is {self.min_gain:g} times cheaper in {_NAMES[quantity]} (the best: {best:.2f} times)"
         return "; ".join(refused) if self.method != "auto" and refused else "every chain takes more work than the layer"
 
-    def _relaxed(self, method: Tucker, step: int) -> Iterator[dict[str, int]]:
-        if self.relaxation is None:
-            yield from method.settings(step)
-        else:
+    def _settings(self, method: Method, step: int) -> Iterator[Mapping[str, int]]:
+        """Ranks to choose from, or those that an option states."""
+        if isinstance(method, Tucker) and self.relaxation is not None:
             full = {"inputs": method.layer.inputs, "outputs": method.layer.outputs}
             ranks = method.vbmf(self.relaxation)
             yield {name: min(-(-rank // step) * step, full[name]) for name, rank in ranks.items()}
+        elif isinstance(method, Decoupled) and self.terms is not None:
+            yield {"terms": min(self.terms, method.most)}
+        else:
+            yield from method.settings(step)
 
     def _quantity(self, context: Context, whole: Cost) -> str:
         """The quantity of `Cost` that a chain has to lower."""
@@ -171,19 +175,22 @@ class LowRank(Pass):
     def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
         shapes = sizes(model, context)
         settings = {p.site: p.setting for p in chosen}
-        sites = [s for n in layers(model) if n.name in settings and isinstance(s := find(model, n, shapes), Site)]
+        nodes = [node for node in layers(model) if node.name in settings]
         if context.calibration is None:
-            for site in sites:
+            for node in nodes:
+                site = _site(model, node, shapes)
                 method, setting = _method(settings[site.name])
                 put(model, site, method(site.layer, None, context.seed).fit(setting), None)
             return
-        aims = _aims(model, context, sites)
+        outlines = [_site(model, node, shapes).outline() for node in nodes]
+        aims = _aims(model, context, outlines)
         feeds = samples(model, context.calibration, SAMPLES)
-        reads = Counter(site.input for site in sites)
+        reads = Counter(site.input for site in outlines)
         here = Walk(model, context.backend, feeds, threads=context.threads, keep=reads)
-        there = Walk(aims, context.backend, feeds, threads=context.threads, keep={site.end for site in sites})
-        advance = context.progress("fitting low-rank chains", len(sites))
-        for site in sites:
+        there = Walk(aims, context.backend, feeds, threads=context.threads, keep={site.end for site in outlines})
+        advance = context.progress("fitting low-rank chains", len(nodes))
+        for node in nodes:
+            site = _site(model, node, shapes)
             seen = observe(site, here if self.asymmetric else there, there, seed=context.seed)
             method, setting = _method(settings[site.name])
             factors, bias = reconstruct(site.layer, method, setting, seen, nonlinear=self.nonlinear, seed=context.seed)
@@ -212,10 +219,6 @@ class _Option:
     def ranks(self) -> dict[str, int]:
         return _method(self.setting)[1]
 
-    def rough(self, layer: Layer, covariance: np.ndarray | None, seed: int) -> Factors:
-        """The chain, fitted as well as is quick."""
-        return self.kind(layer, covariance, seed, rough=True).fit(self.ranks)
-
     def after(self, before: Cost) -> Cost:
         """Cost in the model, given that of the layer there: predicted quantities as shares."""
 
@@ -241,6 +244,13 @@ def _errors(site: Site, options: Sequence[_Option], covariance: np.ndarray | Non
         method = kind(site.layer, covariance, seed, rough=True)
         found |= zip(own, method.errors([options[index].ranks for index in own]), strict=True)
     return [found[index] for index in range(len(options))]
+
+
+def _site(model: Model, node: ir.Node, shapes: dict[str, tuple | None]) -> Site:
+    """A layer that was found to be one before, weights and all; of all layers at once these would take much memory."""
+    site = find(model, node, shapes)
+    assert isinstance(site, Site), site
+    return site
 
 
 def _method(setting: Mapping[str, int | str]) -> tuple[type[Method], dict[str, int]]:

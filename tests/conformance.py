@@ -32,6 +32,7 @@ OPTIONS: dict[str, list[str]] = {
     ],
     "low-rank": [
         "low-rank{method=tucker, relaxation=0.5, nonlinear=false, asymmetric=false, multiple=4}",
+        "low-rank{method=depthwise, terms=1}",
         "low-rank{min_gain=1.5, macs=0.5}",
         "low-rank{size=0.5, speedup=1.5, damage=0.1, max_drop=0.25}",
     ],

@@ -7,12 +7,15 @@ import onnx
 import pytest
 
 from effc import capture, edit
+from effc.contract import Context
+from effc.data import open_data
 from effc.model import Model
 from effc.passes import _observed
-from effc.passes._observed import inputs, observe
+from effc.passes._observed import moments, observe
 from effc.passes._reconstruction import Seen
 from effc.passes._sites import Site, find
 from effc.registry import backend
+from effc.target import find as find_target
 from effc.walk import Walk
 from tests import networks
 from tests.networks import NETWORKS, Net, feeds, run
@@ -150,16 +153,51 @@ def test_samples_are_bounded(limits: dict[str, int], count: int, monkeypatch: py
     assert len(seen.patches) == len(seen.wanted)
 
 
-def test_inputs_are_the_patches_of_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def context(proto: onnx.ModelProto, seed: int = 0) -> Context:
+    data = open_data({"source": lambda: iter(batches(proto))})
+    model = capture.from_proto(proto)
+    return Context(model, find_target("onnxruntime-avx2"), RUNTIME, calibration=data, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("proto", "name"), LAYERS, ids=lambda value: value if isinstance(value, str) else value.graph.name
+)
+def test_moments_are_those_of_the_patches(proto: onnx.ModelProto, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_observed, "SAMPLES", 100)
     monkeypatch.setattr(_observed, "EACH", 0)
-    for proto, name in LAYERS:
-        model, site = site_of(proto, name)
-        _, seen = seen_of(proto, name, seed=5)
-        found = inputs(site, walk(model, proto), seed=5)
-        np.testing.assert_array_equal(found, seen.patches)
-        if found.shape[0] == 100:
-            assert not np.array_equal(found, inputs(site, walk(model, proto), seed=6))
+    model, site = site_of(proto, name)
+    patches = seen_of(proto, name, seed=5)[1].patches.astype(np.float64)
+    mean, covariance = moments(site, walk(model, proto), context(proto, seed=5))
+    expected = patches.mean(axis=0) * site.biased
+    np.testing.assert_allclose(mean, expected, atol=1e-6)
+    ridge = covariance - (patches - expected).T @ (patches - expected) / len(patches)
+    np.testing.assert_allclose(ridge, np.eye(len(ridge)) * ridge[0, 0], atol=1e-6 * np.abs(covariance).max())
+    other, _ = moments(site, walk(model, proto), context(proto, seed=6))
+    assert len(patches) < 100 or not np.array_equal(other, mean)
+
+
+def test_moments_are_computed_once_for_a_state_of_the_model() -> None:
+    proto = networks.plain()
+    model, site = site_of(proto, "conv1")
+    at, started = context(proto), walk(model, proto)
+    mean, covariance = moments(site, started, at)
+    again = moments(site, walk(model.clone(), proto), at)
+    assert again[0] is mean and again[1] is covariance
+    edit.set_initializer(model, model.value("conv1.weight"), site.node.inputs[1].const_value.numpy() * np.float32(2))
+    assert moments(site, walk(model, proto), at)[1] is not covariance
+
+
+def test_moments_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_observed, "KEPT", 8 * (27 + 27 * 27))  # those of conv1
+    proto = networks.plain()
+    model, first = site_of(proto, "conv1")
+    second = find(model, model.node("node_conv2"), model.shapes(2))
+    at = context(proto)
+    one, two = (moments(site, walk(model, proto), at) for site in (first, second))
+    assert moments(first, walk(model, proto), at)[1] is one[1]
+    again = moments(second, walk(model, proto), at)
+    assert again[1] is not two[1]
+    np.testing.assert_array_equal(again[1], two[1])
 
 
 def edited(proto: onnx.ModelProto, weight: str) -> onnx.ModelProto:

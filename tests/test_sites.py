@@ -115,7 +115,24 @@ def test_a_matmul_is_a_dense_layer_that_takes_no_bias() -> None:
     scale, _ = normalised(proto, "bn2")
     np.testing.assert_allclose(site.layer.matrix, weights(proto)["fc2.weight"].T * scale[:, None], rtol=1e-6)
     assert (site.dense, site.biased, site.bias, behind(site)) == (True, False, None, ("bn2", None, 0, np.inf))
-    assert behind(site_of(proto, "fc3")[1]) == ("fc3", None, -np.inf, np.inf)  # what a weight adds is no shortcut
+
+
+def test_a_constant_added_behind_a_matmul_is_its_bias() -> None:
+    proto = networks.mlp()
+    _, site = site_of(proto, "fc3")
+    assert site.bias is not None and site.biased
+    np.testing.assert_array_equal(site.bias, weights(proto)["fc3.bias"])
+    assert (site.output, behind(site)) == ("fc3", ("bn3", None, 0, np.inf))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4, 1), (1, 1, 1, 6), (4, 6)])
+def test_other_constants_added_behind_a_matmul_are_none(shape: tuple[int, ...]) -> None:
+    """A scalar, one number a row, one that adds an axis, one that is a matrix."""
+    net = Net("sequence")
+    x = net.node("MatMul", net.input("input", ["N", 4, 8]), net.weight("w", net.random(8, 6)), name="layer")
+    net.output(net.node("Add", x, net.weight("b", net.random(*shape))))
+    _, site = site_of(net.model(), "layer")
+    assert (site.bias, site.biased, site.end) == (None, False, "layer")
 
 
 def behind_conv(write: Callable[[Net, str], Sequence[str]], norm: bool = False) -> tuple[str, str | None, float, float]:

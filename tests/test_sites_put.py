@@ -148,6 +148,35 @@ def test_a_layer_that_had_no_bias_gets_one() -> None:
     np.testing.assert_allclose(next(iter(found.values())), without, rtol=1e-5, atol=1e-5)
 
 
+def added_behind(shared: bool, shape: tuple[int, ...], end: bool) -> onnx.ModelProto:
+    """A MatMul and what adds its bias."""
+    net = Net("added")
+    b = net.weight("b", net.random(*shape))
+    y = net.node("MatMul", net.input("input", ["N", 5, 6]), net.weight("w", net.random(6, 7)), name="layer")
+    y = net.node("Add", b, y, name="add")
+    y = net.node("Mul", y, b) if shared else y
+    net.output(y if end else net.relu(y))
+    return net.model()
+
+
+@pytest.mark.parametrize("end", [False, True])
+@pytest.mark.parametrize("shape", [(7,), (1, 1, 7)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_is_added_behind_a_matmul_takes_the_bias(shared: bool, shape: tuple[int, ...], end: bool) -> None:
+    """Other readers of the constant, and its shape, stay as they were."""
+    proto = added_behind(shared, shape, end)
+    model, site = site_of(proto, "layer")
+    bias = np.random.default_rng(3).normal(size=7)
+    put(model, site, exact("filters", site.layer), bias)
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    made = feeds(proto)["input"] @ weights["w"] + bias
+    made = made * weights["b"] if shared else made
+    found = next(iter(run(capture.from_proto(model.proto()).proto(), feeds(proto)).values()))
+    np.testing.assert_allclose(found, made if end else np.maximum(made, 0), rtol=1e-5, atol=1e-5)
+    assert model.constant(model.node("node_add").inputs[0]).shape == shape
+    assert [node.op_type for node in model.nodes("MatMul", "Gemm", "Add")] == ["MatMul", "MatMul", "Add"]
+
+
 def test_an_output_of_the_graph_keeps_its_name_and_its_place() -> None:
     proto = CONVOLUTIONS["an output"]
     model, site = site_of(proto, "layer")
