@@ -291,7 +291,7 @@ def test_fitting_to_data_is_nearer_and_heeding_approximations_before_nearer_stil
     assert hurts[0] < 0.9 * hurts[1] and hurts[1] < 0.5 * hurts[2], hurts
 
 
-@pytest.mark.parametrize(("limit", "damage"), [(2.0, ""), (2.0, ", damage=4.0"), (8.0, "")])
+@pytest.mark.parametrize(("limit", "damage"), [(2.0, ""), (2.0, ", damage=0.5"), (8.0, "")])
 def test_a_limit_on_accuracy_is_held_and_used(limit, damage):
     found = split_digits(f"low-rank{{max_drop={limit}{damage}}}", judged=True)
     record, before = found.history.passes[-1], digits()[0]
