@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +87,9 @@ class Finetune:
     """Trains a view in place.
 
     Args:
-        view: a trainable view: called with the inputs by name, it gives the outputs by name.
+        view: a trainable view: called with the inputs in order, it gives one tensor or a tuple of the outputs.
+        inputs, outputs: names of both.
+        features: names of inner tensors that the view gives behind its outputs, and the teachers too.
         data: training data, bound to the model.
         held_out: what judges epochs; no sample of `data`.
         wanted: the teachers' outputs for feeds, or None.
@@ -98,11 +100,13 @@ class Finetune:
     """
 
     def __init__(
-        self, view: Any, data: Data, held_out: Data, loss: Loss, schedule: Schedule, *, wanted: Wanted | None = None,
+        self, view: Any, inputs: Sequence[str], outputs: Sequence[str], data: Data, held_out: Data, loss: Loss,
+        schedule: Schedule, *, features: Sequence[str] = (), wanted: Wanted | None = None,
         labels: bool = False, device: str = "cpu", seed: int = 0, checkpoint: Path | None = None, key: str = "",
         progress: Progress = no_progress,
     ) -> None:  # fmt: skip
-        self.view, self.data, self.held_out, self.loss, self.schedule = view, data, held_out, loss, schedule
+        self.view, self.inputs, self.outputs, self.features = view, inputs, outputs, features
+        self.data, self.held_out, self.loss, self.schedule = data, held_out, loss, schedule
         self.wanted, self.labels, self.device, self.seed = wanted, labels, device, seed
         self.checkpoint, self.key, self.progress = checkpoint, key, progress
         self.fitted = Fitted()
@@ -210,7 +214,9 @@ class Finetune:
 
         wanted = {} if self.wanted is None else self.wanted(feeds)
         labels = torch.from_numpy(_classes(part.labels)).to(self.device) if self.labels else None
-        made = self.view(**{name: torch.from_numpy(array).to(self.device) for name, array in feeds.items()})
+        tensors = self.view(*(torch.from_numpy(feeds[name]).to(self.device) for name in self.inputs))
+        names = [*self.outputs, *self.features]
+        made = dict(zip(names, tensors if len(names) > 1 else (tensors,), strict=True))
         for name, array in wanted.items():
             if name not in made or tuple(made[name].shape) != array.shape:
                 found = f"one of {tuple(made[name].shape)}" if name in made else f"only {', '.join(made)}"
@@ -219,13 +225,16 @@ class Finetune:
                 )
         hits = 0
         if labels is not None:
-            scores = next((o for o in made.values() if o.ndim == 2 and o.shape[1] > 1), None)
+            scores = next(
+                (made[name] for name in self.outputs if made[name].ndim == 2 and made[name].shape[1] > 1), None
+            )
             if scores is None:
                 raise BadInput("labels need an output of class scores [N, C > 1]; train without labels (labels=0)")
             _check_labels(labels, scores.shape[1], self.data.name)
             hits = int((scores.argmax(1) == labels).sum())
         targets = {name: torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for name, a in wanted.items()}
-        return self.loss(made, targets, labels), hits
+        inner = [(made.pop(name), targets.pop(name)) for name in self.features if name in targets]
+        return self.loss(made, targets, labels, inner), hits
 
     def _judge(self) -> None:
         """Score the state on what was held out, and remember it if it is the best."""
@@ -289,7 +298,7 @@ class Finetune:
         return content["epoch"]
 
 
-def reestimate(view: Any, data: Data, batch: int, batches: int) -> None:
+def reestimate(view: Any, inputs: Sequence[str], data: Data, batch: int, batches: int) -> None:
     """Statistics of batch norms from data, as plain averages over so many batches; other weights stay."""
     import torch
 
@@ -305,7 +314,7 @@ def reestimate(view: Any, data: Data, batch: int, batches: int) -> None:
         for number, part in enumerate(data.batches(batch)):
             if number == batches:
                 break
-            view(**{name: torch.from_numpy(array) for name, array in part.feeds.items()})
+            view(*(torch.from_numpy(part.feeds[name]) for name in inputs))
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
     view.eval()

@@ -21,7 +21,7 @@ HARD = Loss(1.0, 1.0)
 
 
 class View(torch.nn.Module):
-    """What a trainable view looks like from outside: inputs by name, outputs by name."""
+    """What a trainable view looks like from outside."""
 
     def __init__(self, norm: bool = True) -> None:
         super().__init__()
@@ -29,8 +29,8 @@ class View(torch.nn.Module):
         layers = [torch.nn.Linear(6, 16), torch.nn.BatchNorm1d(16) if norm else torch.nn.Identity(), torch.nn.ReLU()]
         self.net = torch.nn.Sequential(*layers, torch.nn.Dropout(0.1 if norm else 0.0), torch.nn.Linear(16, 4))
 
-    def forward(self, x: Any) -> dict:
-        return {"y": self.net(x)}
+    def forward(self, x: Any) -> Any:
+        return self.net(x)
 
 
 def data(x: np.ndarray = X, y: np.ndarray | None = Y) -> Data:
@@ -46,7 +46,9 @@ def stored(tmp_path):
 
 
 def finetune(view: View, given: Data, schedule: Schedule, loss: Loss = HARD, **options: Any) -> Finetune:
-    return Finetune(view, given, options.pop("held_out", given), loss, schedule, **{"labels": True, **options})
+    return Finetune(
+        view, ["x"], ["y"], given, options.pop("held_out", given), loss, schedule, **{"labels": True, **options}
+    )
 
 
 def weights(view: View) -> dict[str, np.ndarray]:
@@ -75,7 +77,7 @@ def test_a_step_is_that_of_sgd():
     for epoch in range(3):
         for group in sgd.param_groups:
             group["lr"] = 0.05 * (1 + math.cos(math.pi * epoch / 3))
-        loss = torch.nn.functional.cross_entropy(other(torch.from_numpy(X))["y"], torch.from_numpy(Y))
+        loss = torch.nn.functional.cross_entropy(other(torch.from_numpy(X)), torch.from_numpy(Y))
         assert fitted.losses[epoch] == pytest.approx(float(loss.detach()), rel=1e-5)
         sgd.zero_grad()
         loss.backward()
@@ -92,7 +94,7 @@ def test_it_learns_and_the_best_state_is_kept(stored):
     assert max(shares) > 0.9 > 0.6 > shares[0]
     best = max(range(len(shares)), key=lambda epoch: (shares[epoch], -fitted.scores[epoch][1]))
     assert fitted.best == best and not view.training
-    made = view(torch.from_numpy(X))["y"].argmax(1).numpy()
+    made = view(torch.from_numpy(X)).argmax(1).numpy()
     assert (made == Y).mean() == shares[best]
 
 
@@ -105,7 +107,7 @@ def test_a_teacher_is_enough(stored):
     schedule = Schedule(epochs=40, batch=16, learning_rate=0.1)
     fitted = finetune(view, stored, schedule, Loss(2.0, 0.0), wanted=wanted, labels=False).run()
     assert fitted.scores[fitted.best][1] < 0.1 * fitted.scores[0][1]
-    agreement = (view(torch.from_numpy(X))["y"].argmax(1).numpy() == teacher.argmax(1)).mean()
+    agreement = (view(torch.from_numpy(X)).argmax(1).numpy() == teacher.argmax(1)).mean()
     assert agreement > 0.9
 
 
@@ -206,7 +208,7 @@ def test_frozen_norms_keep_their_statistics(stored):
 
 def test_statistics_are_averages_over_batches():
     view = View()
-    reestimate(view, data(y=None), 32, 2)
+    reestimate(view, ["x"], data(y=None), 32, 2)
     inner = view.net[0](torch.from_numpy(X)).detach().numpy()
     means, variances = (np.mean([f(inner[i : i + 32]) for i in (0, 32)], axis=0) for f in (
         lambda a: a.mean(axis=0), lambda a: a.var(axis=0, ddof=1),
