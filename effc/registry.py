@@ -8,7 +8,7 @@ from importlib.metadata import EntryPoint, entry_points
 
 from effc.contract import Pass
 from effc.errors import BadInput
-from effc.runtime import Backend
+from effc.runtime import Backend, Trainer
 
 PASSES, BACKENDS = "effc.passes", "effc.backends"
 
@@ -32,6 +32,19 @@ def pass_class(name: str) -> type[Pass]:
 def backend(name: str) -> Backend:
     """The backend of that name, made once. Raises BadInput listing what there is."""
     return _load(BACKENDS, "backend", name)()
+
+
+@cache
+def trainer(name: str = "torch") -> Trainer:
+    """The backend of that name as one that trains, made once. Raises BadInput listing those that there are.
+
+    Also where what it needs is not installed, in its words.
+    """
+    found = _load(BACKENDS, "backend", name)
+    if not hasattr(found, "write_back"):
+        able = sorted(n for n in _found(BACKENDS) if hasattr(_load(BACKENDS, "backend", n), "write_back"))
+        raise BadInput(f"the backend {name!r} does not train; {', '.join(able)} does")
+    return found()
 
 
 def _load(group: str, kind: str, name: str):
