@@ -24,6 +24,7 @@ from effc.contract import Progress, no_progress
 from effc.data import Batch, Data
 from effc.distillation import Loss
 from effc.errors import BadInput
+from effc.evaluate import class_labels
 
 if TYPE_CHECKING:
     import torch
@@ -213,7 +214,6 @@ class Finetune:
         import torch
 
         wanted = {} if self.wanted is None else self.wanted(feeds)
-        labels = torch.from_numpy(_classes(part.labels)).to(self.device) if self.labels else None
         tensors = self.view(*(torch.from_numpy(feeds[name]).to(self.device) for name in self.inputs))
         names = [*self.outputs, *self.features]
         made = dict(zip(names, tensors if len(names) > 1 else (tensors,), strict=True))
@@ -223,14 +223,14 @@ class Finetune:
                 raise BadInput(
                     f"the teacher has an output {name!r} of {array.shape}, the model {found}: they must match"
                 )
-        hits = 0
-        if labels is not None:
+        labels, hits = None, 0
+        if self.labels:
             scores = next(
                 (made[name] for name in self.outputs if made[name].ndim == 2 and made[name].shape[1] > 1), None
             )
             if scores is None:
                 raise BadInput("labels need an output of class scores [N, C > 1]; train without labels (labels=0)")
-            _check_labels(labels, scores.shape[1], self.data.name)
+            labels = torch.from_numpy(class_labels(part.labels, scores.shape[1], self.data.name)).to(self.device)
             hits = int((scores.argmax(1) == labels).sum())
         targets = {name: torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for name, a in wanted.items()}
         inner = [(made.pop(name), targets.pop(name)) for name in self.features if name in targets]
@@ -320,21 +320,13 @@ def reestimate(view: Any, inputs: Sequence[str], data: Data, batch: int, batches
     view.eval()
 
 
-def _classes(labels: np.ndarray | None) -> np.ndarray:
-    labels = np.asarray(labels)
-    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
-    if labels.ndim != 1 or not np.array_equal(labels, np.trunc(labels)):
-        raise BadInput(f"labels to train with are {labels.dtype} {labels.shape}: needed is one integer a sample")
-    return labels.astype(np.int64)
+def device(wanted: str) -> str:
+    """ "cpu" or "cuda" for one of these or "auto". Raises BadInput where there is no CUDA."""
+    import torch
 
-
-def _check_labels(labels: torch.Tensor, classes: int, data: str) -> None:
-    wrong = labels[(labels < 0) | (labels >= classes)]
-    if len(wrong):
-        raise BadInput(
-            f"data {data!r} hold label {int(wrong[0])}, the model has classes 0 to {classes - 1}: count labels from 0,"
-            " in the model's order"
-        )
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise BadInput("device=cuda: PyTorch sees no CUDA device here; take cpu or auto")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from effc.data import Data, open_data
 from effc.distillation import Loss, are_probabilities, ensemble
 from effc.errors import BadInput
 from effc.evaluate import Score, evaluate
-from effc.finetune import Finetune, Fitted, Schedule, Wanted, reestimate, torch_threads
+from effc.finetune import Finetune, Fitted, Schedule, Wanted, device, reestimate, torch_threads
 from effc.model import Model, constant_tensor
 from effc.runtime import Session
 from effc.target import find as find_target
@@ -94,7 +94,7 @@ def recover(model: Model, how: Recover, context: Context) -> list[str]:
     Raises:
         BadInput: PyTorch is not installed, the model holds an operator that cannot be trained, data do not fit.
     """
-    backend = registry.backend("torch")
+    trainer = registry.trainer()
     data = context.training.for_model(model)
     if model.batch is not None:
         raise BadInput(f"the model's batch is fixed at {model.batch}: training needs a free batch")
@@ -107,17 +107,18 @@ def recover(model: Model, how: Recover, context: Context) -> list[str]:
         [] if labelled and how.labels == 1 else [context.backend.session(t, threads=context.threads) for t in teachers]
     )
     wanted, probabilities = _teaching(sessions, held_out, how)
+    inputs, outputs = [info.name for info in model.inputs], [info.name for info in model.outputs]
+    loss = Loss(how.temperature, how.labels if labelled else 0.0, probabilities=probabilities)
     with torch_threads(context.threads):
-        view = backend.view(model)
-        reestimate(view, rest.shuffled(context.seed), how.batch, how.reestimate)
+        view = trainer.view(model)
+        reestimate(view, inputs, rest.shuffled(context.seed), how.batch, how.reestimate)
         training = Finetune(
-            view, rest, held_out, Loss(how.temperature, how.labels if labelled else 0.0, probabilities=probabilities),
-            _schedule(how), wanted=wanted, labels=labelled, device=backend.device(how.device), seed=context.seed,
-            checkpoint=None if how.checkpoint is None else Path(how.checkpoint), key=_key(model, how, context),
-            progress=context.progress,
+            view, inputs, outputs, rest, held_out, loss, _schedule(how), wanted=wanted, labels=labelled,
+            device=device(how.device), seed=context.seed, key=_key(model, how, context),
+            checkpoint=None if how.checkpoint is None else Path(how.checkpoint), progress=context.progress,
         )  # fmt: skip
         fitted = training.run()
-    backend.write_back(view, model)
+    trainer.write_back(view, model)
     return [_told(fitted, how, len(held_out))]
 
 
