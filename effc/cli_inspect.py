@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from effc import capture, registry
+from effc import registry
 from effc import target as targets
+from effc.capture import load
 from effc.cli_options import Debug, Dims, Foreign, TargetName, Threads, sizes
 from effc.cost import cost
 from effc.errors import BadInput
@@ -64,7 +65,7 @@ def inspect(
     _check(model, other, training, csv, plan)
     dims = sizes(dim)
     aim = targets.find(target, foreign=foreign_target)
-    models = [capture.load(path) for path in (model, other) if path is not None]
+    models = [load(path) for path in (model, other) if path is not None]
     found = [_inspected(one, aim, batch, dims, threads) for one in models]
     effort = _effort(models, found, aim, threads, plan) if training else None
     if json:
