@@ -31,7 +31,7 @@ WIDTH = 120  # of what goes to a file or a pipe
 
 
 def inspect(
-    model: Annotated[Path | None, typer.Argument(help="An .onnx file")] = None,
+    model: Annotated[Path | None, typer.Argument(help="An .onnx or .pt2 file")] = None,
     other: Annotated[Path | None, typer.Argument(help="Another, to set beside it")] = None,
     target: TargetName = None,
     foreign_target: Foreign = False,
@@ -83,7 +83,7 @@ def _check(model: Path | None, other: Path | None, training: bool, csv: bool, pl
     given = [name for name, value in plan.items() if value is not None]
     if not training:
         if model is None:
-            raise BadInput("an .onnx file is needed, or --training with --parameters and --tokens")
+            raise BadInput("an .onnx or .pt2 file is needed, or --training with --parameters and --tokens")
         if given:
             raise BadInput(f"--{given[0]} belongs to --training; give that too")
         return
