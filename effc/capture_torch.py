@@ -28,7 +28,7 @@ from effc.program_file import read_program
 from effc.verify import rounding
 
 TOLERANCE = 1e-3  # max|a - b| / max|a| above which the export is wrong; rounding alone stays far below in float32
-_ONE, _BATCH = 1, 2  # torch takes an axis of one element for fixed, so a dynamic batch is exported with two
+_BATCH = 2  # torch takes an axis of one element for fixed, so a dynamic batch is exported with this many
 _INSTALL = "torch is needed for this model and is not installed: pip install 'effc[torch]'"
 
 
@@ -100,23 +100,31 @@ def _with_any_batch(torch: Any, module: Any, call: Call, input_names: Sequence[s
     def batched(leaf: Any) -> bool:
         return isinstance(leaf, torch.Tensor) and leaf.ndim > 0 and leaf.shape[0] == batch
 
-    wide = call if batch > 1 else call.map(torch, lambda leaf: torch.cat([leaf] * _BATCH) if batched(leaf) else leaf)
-    sizes = call.map(torch, lambda leaf: {0: torch.export.Dim.AUTO} if batched(leaf) else None)
-    program = _export(torch, module, wide, sizes.kwargs or sizes.args, name)
+    sizes = torch.export.ShapesCollection()
+
+    def widened(leaf: Any) -> Any:
+        if batched(leaf):
+            leaf = torch.cat([leaf] * _BATCH) if batch == 1 else leaf
+            sizes[leaf] = {0: torch.export.Dim.AUTO}
+        return leaf
+
+    wide = call.map(torch, widened)
+    program = _export(torch, module, wide, sizes, name)
     if not _takes_any(program):
         raise BadInput("the module takes one size, or goes another way for others")
     model = _captured(torch, program, wide, _run(torch, module, wide, name), input_names, name)
-    one = call.map(torch, lambda leaf: leaf[:_ONE] if batched(leaf) else leaf)
-    if model.batch is not None:
-        raise BadInput("the module takes one size")
-    _check(torch, model, one, _run(torch, module, one, name))
+    one = call.map(torch, lambda leaf: leaf[:1] if batched(leaf) else leaf)
+    try:
+        _check(torch, model, one, _run(torch, module, one, name))
+    except BadInput as error:
+        raise BadInput(f"at one sample, what was exported is not right: {error}") from error
     return model
 
 
 def _takes_any(program: Any) -> bool:
     """Whether each symbol may be of any size: torch narrows its range where the module asks for its size."""
     ranges = program.range_constraints.values()
-    return bool(ranges) and all(r.lower <= _BATCH and not isinstance(r.upper, int) and r.upper > 2**31 for r in ranges)
+    return bool(ranges) and all(r.lower <= _BATCH and r.upper > 2**31 for r in ranges)
 
 
 def _from_program(torch: Any, program: Any, input_names: Sequence[str] | None, name: str) -> Model:

@@ -46,7 +46,9 @@ def _check(archive: zipfile.ZipFile, path: Path) -> None:
     names = archive.namelist()
     inner = {name.partition("/")[2]: name for name in names}
     if "models/model.json" not in inner:
-        raise BadInput(f"{path} is not a .pt2 file as torch.export.save writes them: it holds no models/model.json")
+        raise BadInput(
+            f"{path} is not a .pt2 file as torch.export.save of torch 2.8 or newer writes: no models/model.json"
+        )
     if code := [name for name in inner if name.startswith("data/aotinductor/") or name.endswith((".so", ".py"))]:
         raise BadInput(f"{path} holds compiled code ({code[0]}); a program of torch.export.save is needed")
     for name in inner:

@@ -302,6 +302,29 @@ def test_a_batch_that_cannot_be_dynamic_is_noted():
     assert effc.capture(fixed).notes == (note,)
 
 
+class OneApart(nn.Module):
+    def forward(self, x):
+        return x if x.shape[0] == 1 else x * 2
+
+
+def test_a_batch_of_one_is_tried_as_well():
+    model = effc.capture(OneApart(), torch.randn(3, 4))
+    assert model.batch == 3
+    assert model.notes[0].startswith("the batch is fixed at 3: at one sample, what was exported is not right: ")
+
+
+class Nested(nn.Module):
+    def forward(self, *pairs, scale=1):
+        return pairs[0]["a"] * scale + pairs[1][0]
+
+
+def test_nested_inputs_become_flat_ones_and_numbers_constants():
+    a, b = torch.randn(1, 4), torch.randn(1, 4)
+    model = effc.capture(Nested(), ({"a": a}, [b]))
+    assert [info.shape for info in model.inputs] == [("N", 4)] * 2
+    np.testing.assert_allclose(run(model, (a, b))[0], a + b, rtol=1e-6)
+
+
 class Odd(nn.Module):
     def __init__(self, forward):
         super().__init__()
@@ -380,7 +403,7 @@ def test_program_files_that_are_none(tmp_path, folder):
     assert "is not a .pt2 file" in refused(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a/data.pkl", b"")
-    assert "is not a .pt2 file as torch.export.save writes them" in refused(path)
+    assert "is not a .pt2 file as torch.export.save of torch 2.8 or newer writes" in refused(path)
 
 
 def test_code_in_a_program_file_is_not_run(tmp_path, folder):
