@@ -27,6 +27,7 @@ from ._torch_weights import Integers, Source, place, source, to_torch
 
 RULE_FILES = (_layers, _quantize, _reductions, _shapes, _windows)
 META = "effc"  # key in GraphModule.meta, which copies keep
+TENSOR = "tensor"  # key in fx.Node.meta: the tensor of the model that it computes
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ class Builder:
             if isinstance(made, fx.Node):
                 several = len(node.outputs) > 1
                 made = [self.call(operator.getitem, made, i) for i in range(len(node.outputs))] if several else [made]
-            self._values.update(zip(node.outputs, made, strict=True))
+            for value, result in zip(node.outputs, made, strict=True):
+                self._values[value] = result
+                result.meta.setdefault(TENSOR, value.name)
         results = [self._result(v) for v in self.model.graph.outputs]
         self.graph.output(results[0] if len(results) == 1 else tuple(results))
         view = fx.GraphModule(self.root, self.graph, "View")

@@ -76,7 +76,7 @@ class Integers(nn.Module):
     def store(self, weight: Tensor, stored: np.ndarray) -> np.ndarray:
         """Codes of a trained weight, of the type of those stored; a weight that was not trained keeps its code."""
         scale, zero = (along(v, self.axis, weight.dim()) for v in (self.scale, self.zero))
-        before = dequantize(torch.from_numpy(stored).to(weight.device), self.scale, self.zero, axis=self.axis)
+        before = dequantize(to_torch(stored).to(weight.device), self.scale, self.zero, axis=self.axis)
         exact = codes(weight.double(), scale.double(), zero, self.low, self.high).cpu().numpy()
         return np.where((weight == before).cpu().numpy(), stored, exact.astype(stored.dtype))
 
@@ -167,7 +167,7 @@ def _integers(node: ir.Node) -> Source | None:
     scales, *offsets = (to_torch(c.numpy()) for c in constants)
     offset = offsets[0] if offsets else torch.zeros_like(scales)
     axis = node.attributes.get_int("axis", 1)
-    start = dequantize(torch.from_numpy(np.array(stored)), scales, offset, axis=axis)
+    start = dequantize(to_torch(stored), scales, offset, axis=axis)
     return Source(q.name, start, Integers(stored, scales, offset, axis), stored.shape)
 
 
