@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
@@ -12,10 +13,14 @@ import pytest
 
 import effc
 from effc import capture, registry
+from effc.backends.torch import Torch
 from tests.networks import distance, feeds, run
 
-torch = pytest.importorskip("torch")
-TORCH = registry.trainer()
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip("torch")
+TORCH = Torch()
 LIGHT = sorted((Path(onnx.backend.test.__file__).parent / "data" / "light").glob("*.onnx"))
 SHARED = [
     "resnet20-cifar10", "resnet56-cifar10", "mobilenet_v1_025-imagenet", "vgg-small-cifar10", "ultraface-rfb-320",
@@ -67,9 +72,9 @@ class Forced(torch.fx.Interpreter):
         self.steps: dict[str, int] = {}
         self.shares: dict[str, float] = {}
 
-    def run_node(self, node: torch.fx.Node):
-        made = super().run_node(node)
-        name = node.meta.get("tensor")
+    def run_node(self, n: torch.fx.Node):
+        made = super().run_node(n)
+        name = n.meta.get("tensor")
         if name not in self.codes:
             return made
         reference = torch.from_numpy(self.codes[name].astype(np.float32))
@@ -84,7 +89,7 @@ class Forced(torch.fx.Interpreter):
 def test_int8_codes_are_onnxruntimes_layer_by_layer(name):
     """On the same input a layer's code differs by one at most, where the sum lies at a tie: in 0.1 % of all at most."""
     folder = Path(os.environ["EFFC_DATA"])
-    spec = f"{folder / 'data' / CALIBRATION[name]}:limit=16"
+    spec = f"{folder / 'data' / CALIBRATION[name]}{{limit=16}}"
     proto = onnx.load(shared(name))
     model = effc.optimize(proto, "fold-batchnorm, int8", calibrate=spec, measure=False, force=True).model
     inputs = feeds(proto, batch=2)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import onnx
 import pytest
 
-from effc import capture, registry
+from effc import capture
+from effc.backends.torch import Torch
 from effc.errors import BadInput
 from tests.conformance import calibration, put_through
 from tests.networks import NETWORKS, Net, distance, feeds, run
 
-torch = pytest.importorskip("torch")
+if TYPE_CHECKING:
+    import torch
+else:
+    torch = pytest.importorskip("torch")
 nn, F = torch.nn, torch.nn.functional
-TORCH = registry.trainer()
+TORCH = Torch()
 
 
 def numpy(view, name: str) -> np.ndarray:
@@ -71,7 +77,7 @@ def test_a_second_mask_takes_the_place_of_the_first():
     view = TORCH.view(capture.from_proto(NETWORKS["mlp"]()))
     TORCH.mask(view, "fc2.weight", np.zeros((16, 12)))
     TORCH.mask(view, "fc2.weight", np.ones((16, 12)))
-    assert (TORCH.state(view)["fc2.weight"] != 0).all() and len(view.fc2.parametrizations.weight) == 2
+    assert (TORCH.state(view)["fc2.weight"] != 0).all()
 
 
 def test_a_mask_for_nothing_or_of_another_shape_is_refused():
@@ -166,10 +172,12 @@ def test_integer_weights_are_trained_and_stored_as_what_is_emitted(dtype, per_ch
         deterministic=True
     )
     train(view, inputs)
+    with torch.no_grad():  # ties, as float32 has them
+        TORCH.weights(view)["q"][:, 0, 0] = torch.from_numpy(scale[:, 0, 0] * np.float32([3.5, 4.5, -2.5]))
     TORCH.write_back(view, model)
     codes = model.graph.initializers["q"].const_value.numpy()
     info = np.iinfo(dtype)
-    expected = np.clip(np.rint(numpy(view, "q") / scale.astype(np.float64)) + zero, info.min, info.max)
+    expected = np.clip(np.rint(numpy(view, "q") / scale) + zero, info.min, info.max)
     assert codes.dtype == dtype and np.array_equal(codes, expected) and (codes != arrays["q"]).any()
     assert distance(run(model.proto(), inputs), TORCH.session(view).run(inputs)) <= 1e-6
 
@@ -182,7 +190,7 @@ def test_gradients_of_integer_weights_pass_through_rounding_and_end_at_the_range
     scale = torch.tensor(0.013)
     with torch.no_grad():
         weight.view(-1)[:4] = torch.tensor([127.4, 127.6, -128.4, -129.0]) * scale
-    seen = view.get_submodule("node_conv").weight
+    seen = torch.as_tensor(view.get_submodule("node_conv").weight)
     assert (seen.detach().reshape(-1)[:4] / scale).round().tolist() == [127, 127, -128, -128]
     seen.sum().backward()
     assert weight.grad.reshape(-1)[:4].tolist() == [1, 0, 1, 0] and (weight.grad.reshape(-1)[4:] == 1).all()
@@ -237,8 +245,8 @@ def test_quantised_activations_are_exact_and_let_gradients_through_in_range(dtyp
     net = Net("activations")
     x = net.input("x", ["N", 3, 8, 8])
     scale = net.weight("scale", np.float32([0.01, 0.02, 0.005]) if per_channel else np.float32(0.01))
-    zero = np.int64([3, -7, 0] if dtype is np.int8 else [3, 200, 0])
-    zero = net.weight("zero", (zero if per_channel else zero[1]).astype(dtype))
+    zeros = [3, -7, 0] if dtype is np.int8 else [3, 200, 0]
+    zero = net.weight("zero", np.array(zeros if per_channel else zeros[1], dtype))
     q = net.node("QuantizeLinear", x, scale, zero, name="q", axis=1)
     pooled = net.node("MaxPool", q, kernel_shape=[1, 1], name="pooled")
     net.output(net.node("DequantizeLinear", pooled, scale, zero, name="y", axis=1), ["N", 3, 8, 8])
