@@ -226,6 +226,19 @@ def test_inputs_and_weights_may_be_called_anything():
         session.run({name: inputs[name] for name in ("input", "input_1")})
 
 
+def test_rows_that_are_picked_at_run_time_are_an_embedding():
+    """Also from the end, as ONNX may count; a row that is picked twice has twice the gradient."""
+    net = Net("rows")
+    rows = net.weight("rows.weight", net.random(5, 3))
+    net.output(net.node("Gather", rows, net.input("ids", ["N"], np.int64), name="y"), ["N", 3])
+    view = TORCH.view(capture.from_proto(net.model()))
+    assert type(view.get_submodule("rows")) is nn.Embedding
+    ids = np.array([0, -1, 4, 2])
+    assert distance(run(net.model(), {"ids": ids}), TORCH.session(view).run({"ids": ids})) == 0
+    view(torch.from_numpy(ids)).sum().backward()
+    assert TORCH.weights(view)["rows.weight"].grad[:, 0].tolist() == [1, 0, 1, 0, 2]
+
+
 def test_dropout_drops_in_training_only():
     view = TORCH.view(captured("old"))
     dropout = view.get_submodule("node_dropout")
@@ -357,6 +370,16 @@ def test_a_kind_that_a_rule_does_not_know_is_refused_in_one_line():
         "model cannot be trained: Resize (node_r) has coordinate_transformation_mode='tf_crop_and_resize', which has"
         " no trainable form; a rule for it belongs into _torch_ops.py"
     )
+
+
+def test_a_batch_norm_that_returns_its_statistics_is_refused():
+    net = Net("statistics")
+    y = net.norm(net.input("x", ["N", 3]), 3, name="bn", outputs=3, training_mode=1)
+    net.output(y, ["N", 3])
+    with pytest.raises(
+        BadInput, match=r"BatchNormalization \(node_bn\) has training_mode=1, which has no trainable form"
+    ):
+        TORCH.view(capture.from_proto(net.model()))
 
 
 def test_without_torch_one_line_says_what_to_install(monkeypatch):
