@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import cast
 
 from effc.contract import Pass
 from effc.errors import BadInput
-from effc.runtime import Backend
+from effc.runtime import Backend, Trainer
 
 PASSES, BACKENDS = "effc.passes", "effc.backends"
 
@@ -32,6 +33,14 @@ def pass_class(name: str) -> type[Pass]:
 def backend(name: str) -> Backend:
     """The backend of that name, made once. Raises BadInput listing what there is."""
     return _load(BACKENDS, "backend", name)()
+
+
+def trainer(name: str = "torch") -> Trainer:
+    """The backend of that name, as one that trains. Raises BadInput: it does not, or what it needs is not installed."""
+    if not hasattr(_load(BACKENDS, "backend", name), "write_back"):
+        able = sorted(n for n in _found(BACKENDS) if hasattr(_load(BACKENDS, "backend", n), "write_back"))
+        raise BadInput(f"the backend {name!r} does not train; there are {', '.join(able)}")
+    return cast(Trainer, backend(name))
 
 
 def _load(group: str, kind: str, name: str):

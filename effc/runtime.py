@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -100,4 +100,33 @@ class Backend(Protocol):
 
     def calibrate(self, threads: int, seconds: float, progress: Progress) -> Timings:
         """Measure kernels of this machine with so many threads, for so many seconds."""
+        ...
+
+
+class Trainer(Protocol):
+    """A framework that trains a model. A view is its own kind of object, which `effc` hands on and never looks into."""
+
+    name: str
+
+    def version(self) -> str: ...
+
+    def view(self, model: Model) -> Any:
+        """The model in the framework's form, its weights to be trained.
+
+        Raises:
+            BadInput: an operator of the model cannot be trained, or the framework is not installed.
+        """
+        ...
+
+    def write_back(self, view: Any, model: Model) -> None:
+        """Put a view's weights into the model that it was made of. What was not trained stays as it is.
+
+        Raises:
+            BadInput: it is another model.
+            PassFailed: a weight is not finite; nothing was changed.
+        """
+        ...
+
+    def session(self, view: Any) -> Session:
+        """A view ready to run on arrays."""
         ...
