@@ -8,7 +8,7 @@ import operator
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import onnx_ir as ir
 from torch import Tensor, fx, nn
@@ -22,11 +22,13 @@ from . import _torch_quantize as _quantize
 from . import _torch_reductions as _reductions
 from . import _torch_shapes as _shapes
 from . import _torch_windows as _windows
-from ._torch_ops import TABLE, cast
+from ._torch_ops import TABLE, Rule
+from ._torch_ops import cast as to_type
 from ._torch_weights import Integers, Source, place, source, to_torch
 
 RULE_FILES = (_layers, _quantize, _reductions, _shapes, _windows)
 META = "effc"  # key in GraphModule.meta, which copies keep
+TENSOR = "tensor"  # key in fx.Node.meta: the tensor of the model that it computes
 
 
 @dataclass(frozen=True)
@@ -95,20 +97,22 @@ class Builder:
         for node in self.model.graph:
             if node.op_type == "Constant" or self.source(node.outputs[0]) is not None or self._picks(node):
                 continue  # made where it is read
-            made = TABLE.find(node)(self, node)
+            made = cast(Rule, TABLE.find(node))(self, node)
             if isinstance(made, fx.Node):
                 several = len(node.outputs) > 1
                 made = [self.call(operator.getitem, made, i) for i in range(len(node.outputs))] if several else [made]
-            self._values.update(zip(node.outputs, made, strict=True))
+            for value, result in zip(node.outputs, made, strict=True):
+                self._values[value] = result
+                result.meta.setdefault(TENSOR, value.name)
         results = [self._result(v) for v in self.model.graph.outputs]
         self.graph.output(results[0] if len(results) == 1 else tuple(results))
         view = fx.GraphModule(self.root, self.graph, "View")
-        outputs = tuple(v.name for v in self.model.graph.outputs)
+        outputs = tuple(v.name or "" for v in self.model.graph.outputs)
         view.meta[META] = Names(inputs, outputs, {name: tuple(paths) for name, paths in self._places.items()})
         return view.eval()
 
-    def __call__(self, value: ir.Value | None) -> fx.Node | None:
-        """The operand that a node reads."""
+    def __call__(self, value: ir.Value | None) -> Any:
+        """The operand that a node reads, None where it is left out."""
         if value is None:
             return None
         if value not in self._values:
@@ -152,7 +156,7 @@ class Builder:
             self._sources[value] = found
         return self._sources[value]
 
-    def fixed(self, value: ir.Value | None) -> fx.Node | None:
+    def fixed(self, value: ir.Value | None) -> Any:
         """An operand that is not trained, even where it is a weight: scales of codes, say."""
         if value is None or value in self._fixed:
             return None if value is None else self._fixed[value]
@@ -186,13 +190,13 @@ class Builder:
         infos = [v for v in self.model.graph.inputs if not v.is_initializer()]
         taken: set[str] = set()
         for value in infos:
-            name = re.sub(r"\W", "_", value.name)
+            name = re.sub(r"\W", "_", value.name or "")
             name = name if name.isidentifier() else f"_{name}"
             while name in taken or keyword.iskeyword(name) or hasattr(builtins, name) or name == "self":
                 name += "_"
             taken.add(name)
             self._values[value] = self.graph.placeholder(name)
-        return tuple(v.name for v in infos)
+        return tuple(value.name or "" for value in infos)
 
     def _picks(self, node: ir.Node) -> bool:
         """Whether a Cast makes indices of codebooks only."""
@@ -204,7 +208,7 @@ class Builder:
     def _result(self, value: ir.Value) -> fx.Node:
         made = self(value)
         if value.dtype is not None and value.dtype.is_integer():  # codes are floats inside
-            return self.call(cast, made, to=int(value.dtype))
+            return self.call(to_type, made, to=int(value.dtype))
         return made
 
     def _held(self, value: ir.Value, found: Source) -> fx.Node:
@@ -253,7 +257,7 @@ def _reserved(name: str) -> bool:
     return keyword.iskeyword(name) or hasattr(fx.GraphModule, name) or name in vars(nn.Module())
 
 
-def _statistics(model: Model) -> tuple[set[str], set[str]]:
+def _statistics(model: Model) -> tuple[set[str | None], set[str | None]]:
     """Weights that are statistics of one batch norm and nothing else; those that are some, and something else."""
     statistics = [v.name for n in model.nodes("BatchNormalization") for v in n.inputs[3:5] if v.is_initializer()]
     alone = {name for name in statistics if len(list(model.graph.initializers[name].uses())) == 1}

@@ -188,7 +188,7 @@ def gather_rule(build: Builder, node: ir.Node) -> fx.Node:
 def dropout_rule(build: Builder, node: ir.Node) -> fx.Node | list[fx.Node]:
     """Drops in train(), and passes on in eval(), as ONNX has it."""
     given = build.numbers(node.inputs[1]) if len(node.inputs) > 1 else node.attributes.get_float("ratio", 0.5)
-    ratio = 0.5 if given is None else given
+    ratio = 0.5 if given is None else given[0] if isinstance(given, tuple) else given
     x = build(node.inputs[0])
     if isinstance(ratio, fx.Node) or len(node.outputs) > 1:
         mask = build.call(torch.ones_like, x, dtype=torch.bool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -208,11 +208,12 @@ def pad(x: Tensor, pads: Any, value: Any = None, axes: Any = None, *, mode: str 
     along = [a % x.dim() for a in (range(x.dim()) if axes is None else ints(axes))]
     widths = dict(zip(along, zip(given[: len(along)], given[len(along) :], strict=True), strict=True))
     if mode == "constant":
-        filler = value.item() if isinstance(value, Tensor) else value or 0
-        return F.pad(x, [p for axis in reversed(range(x.dim())) for p in widths.get(axis, (0, 0))], value=filler)
+        filler = 0.0 if value is None else float(torch.as_tensor(value).reshape(()))
+        sides = [side for axis in reversed(range(x.dim())) for side in widths.get(axis, (0, 0))]
+        return F.pad(x, sides, value=filler)
     for axis, (begin, end) in widths.items():
         if begin or end:
-            around = np.pad(np.arange(x.shape[axis]), (max(begin, 0), max(end, 0)), mode=mode)
+            around = np.pad(np.arange(x.shape[axis]), (max(begin, 0), max(end, 0)), mode=cast(Any, mode))
             kept = around[max(-begin, 0) : len(around) - max(-end, 0)]
             x = x.index_select(axis, torch.from_numpy(kept).to(x.device))
     return x

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -30,16 +31,20 @@ HUGE = 1e30  # stands for infinity in attention masks
 class Mask(nn.Module):
     """Zeros where the mask is zero, whatever the parameter holds there."""
 
+    mask: Tensor
+
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, weight: Tensor) -> Tensor:
-        return torch.where(self.mask, weight, 0.0)
+        return torch.where(self.mask, weight, weight.new_zeros(()))
 
 
 class Codebook(nn.Module):
     """Rows of the parameter along `axis`, picked by fixed indices."""
+
+    indices: Tensor
 
     def __init__(self, indices: Tensor, axis: int) -> None:
         super().__init__()
@@ -60,6 +65,9 @@ class Integers(nn.Module):
         scale, zero: one number, or one for each index of `axis`.
     """
 
+    scale: Tensor
+    zero: Tensor
+
     def __init__(self, stored: np.ndarray, scale: Tensor, zero: Tensor, axis: int) -> None:
         super().__init__()
         self.axis = axis
@@ -71,14 +79,19 @@ class Integers(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         scale, zero = (along(v, self.axis, weight.dim()) for v in (self.scale, self.zero))
-        return (codes(weight, scale, zero, self.low, self.high) - zero.to(weight.dtype)) * scale
+        return (self._codes(weight) - zero).to(weight.dtype) * scale
 
     def store(self, weight: Tensor, stored: np.ndarray) -> np.ndarray:
         """Codes of a trained weight, of the type of those stored; a weight that was not trained keeps its code."""
+        before = dequantize(to_torch(stored).to(weight.device), self.scale, self.zero, axis=self.axis)
+        found = self._codes(weight).cpu().numpy().astype(stored.dtype)
+        return np.where((weight == before).cpu().numpy(), stored, found)
+
+    def _codes(self, weight: Tensor) -> Tensor:
+        """As the forward pass rounds, so that a tie is stored as it was trained; float32 has no codes of 32 bits."""
+        wide = weight.double() if self.high > 2**24 else weight
         scale, zero = (along(v, self.axis, weight.dim()) for v in (self.scale, self.zero))
-        before = dequantize(torch.from_numpy(stored).to(weight.device), self.scale, self.zero, axis=self.axis)
-        exact = codes(weight.double(), scale.double(), zero, self.low, self.high).cpu().numpy()
-        return np.where((weight == before).cpu().numpy(), stored, exact.astype(stored.dtype))
+        return codes(wide, scale.to(wide.dtype), zero, self.low, self.high)
 
 
 class Transposed(nn.Module):
@@ -167,7 +180,7 @@ def _integers(node: ir.Node) -> Source | None:
     scales, *offsets = (to_torch(c.numpy()) for c in constants)
     offset = offsets[0] if offsets else torch.zeros_like(scales)
     axis = node.attributes.get_int("axis", 1)
-    start = dequantize(torch.from_numpy(np.array(stored)), scales, offset, axis=axis)
+    start = dequantize(to_torch(stored), scales, offset, axis=axis)
     return Source(q.name, start, Integers(stored, scales, offset, axis), stored.shape)
 
 
@@ -177,7 +190,12 @@ def place(module: nn.Module, attribute: str, parameter: nn.Parameter, steps: Seq
     for step in steps:
         parametrize.register_parametrization(module, attribute, step, unsafe=True)
     if steps:
-        module.parametrizations[attribute].original = parameter  # as given: it may be shared with other modules
+        _steps(module, attribute).original = parameter  # as given: it may be shared with other modules
+
+
+def _steps(module: nn.Module, attribute: str) -> Any:
+    """The list of parametrizations of a module's attribute, whose `original` is the parameter."""
+    return cast(nn.ModuleDict, module.parametrizations)[attribute]
 
 
 def resolve(root: nn.Module, path: str) -> Tensor:
@@ -185,7 +203,7 @@ def resolve(root: nn.Module, path: str) -> Tensor:
     prefix, _, attribute = path.rpartition(".")
     module = root.get_submodule(prefix)
     if parametrize.is_parametrized(module, attribute):
-        return module.parametrizations[attribute].original
+        return _steps(module, attribute).original
     return getattr(module, attribute)
 
 
@@ -193,7 +211,7 @@ def steps_of(root: nn.Module, path: str) -> list[nn.Module]:
     """The parametrizations at a place, first one first."""
     prefix, _, attribute = path.rpartition(".")
     module = root.get_submodule(prefix)
-    return list(module.parametrizations[attribute]) if parametrize.is_parametrized(module, attribute) else []
+    return list(_steps(module, attribute)) if parametrize.is_parametrized(module, attribute) else []
 
 
 def attach(root: nn.Module, path: str, mask: Mask) -> None:
@@ -204,9 +222,9 @@ def attach(root: nn.Module, path: str, mask: Mask) -> None:
     if not steps:
         place(module, attribute, getattr(module, attribute), [mask])
     elif isinstance(steps[0], Mask):
-        module.parametrizations[attribute][0] = mask
+        _steps(module, attribute)[0] = mask
     else:
-        module.parametrizations[attribute].insert(0, mask)
+        _steps(module, attribute).insert(0, mask)
 
 
 def to_torch(array: np.ndarray) -> Tensor:

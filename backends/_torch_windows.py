@@ -16,6 +16,7 @@ from ._torch_ops import TABLE, attributes, function, ints, refuse
 CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 MAX_POOLS = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+MODE = "coordinate_transformation_mode"
 COORDINATES = ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel", "half_pixel_symmetric")
 
 
@@ -194,14 +195,14 @@ def resize_rule(build, node: ir.Node) -> fx.Node:
     """The inputs of the opsets, brought into one order; before 11 positions are those of `asymmetric`, rounded down."""
     options = attributes(node)
     early = node.op_type == "Upsample" or build.model.opset < 11
-    defaults = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"} if early else {}
+    defaults = {MODE: "asymmetric", "nearest_mode": "floor"} if early else {}
     refused = {"antialias": 0, "exclude_outside": None, "keep_aspect_ratio_policy": "stretch"}
     for key, allowed in refused.items():
         if allowed is not None and options.pop(key, allowed) != allowed:
             raise refuse(build, node, key)
     options = defaults | options
-    if options.get("coordinate_transformation_mode", "half_pixel") not in COORDINATES:
-        raise refuse(build, node, options["coordinate_transformation_mode"])
+    if options.get(MODE, "half_pixel") not in COORDINATES:
+        raise refuse(build, node, f"coordinate_transformation_mode={options[MODE]!r}")
     options.pop("extrapolation_value", None)
     given = [build.numbers(v) for v in node.inputs[1:]]
     scales, sizes = (

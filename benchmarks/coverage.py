@@ -27,8 +27,8 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from effc import capture
 from effc.backends.onnxruntime import REFUSALS
+from effc.capture import from_proto, load
 from effc.contract import Context, Pass, Proposal
 from effc.errors import BadInput
 from effc.model import STANDARD_DOMAINS, Model
@@ -118,7 +118,7 @@ def light(tally: Tally) -> None:
 
 
 def _light_row(path: Path, name: str, tally: Tally) -> str:
-    model = capture.load(path)
+    model = load(path)
     size = model.proto().ByteSize()
     small = model.clone()
     apply(small, Simplify(), FoldBatchNorm())
@@ -134,7 +134,7 @@ def _light_row(path: Path, name: str, tally: Tally) -> str:
         onnx.save(proto, first)
         del proto
         expected = run(first, feeds)
-        full = capture.load(first)
+        full = load(first)
         onnx.save(full.proto(), second)
         if (kept := distance(expected, run(second, feeds))) > 0:
             tally.fail(name, f"load and save changed the outputs by {kept:.1e}")
@@ -211,7 +211,7 @@ def cases(tally: Tally, limit: int | None, opsets: range) -> None:
 def _check_case(what, kind, proto, feeds, expected, tally: Tally) -> None:
     tally.counts[f"models checked, {kind}"] += 1
     try:
-        model = capture.from_proto(proto, what)
+        model = from_proto(proto, what)
         if distance(expected, run(model.proto(), feeds)):
             tally.fail(what, "load and save changed the outputs")
         norms = sum(1 for _ in model.nodes("BatchNormalization"))
@@ -327,7 +327,7 @@ def constants(tally: Tally, limit: int | None, opsets: range) -> None:
                 folded = constant_expression(at_opset(proto, opset), feeds)
                 onnx.checker.check_model(folded, full_check=True)
                 expected = run(folded, {})
-                model = capture.from_proto(folded, name)
+                model = from_proto(folded, name)
             except (BadInput, *UNKNOWN):
                 continue
             tally.counts["expressions"] += 1
@@ -368,7 +368,7 @@ def scale(tally: Tally, sizes: list[int]) -> None:
         for size in sizes:
             onnx.save(large(size), path)
             times, nodes = [time.process_time()], []
-            model = capture.load(path)
+            model = load(path)
             nodes.append(len(model.graph))
             times.append(time.process_time())
             for step in (Simplify(), FoldBatchNorm()):
@@ -377,10 +377,10 @@ def scale(tally: Tally, sizes: list[int]) -> None:
                 times.append(time.process_time())
             _save(model, Path(folder) / "out.onnx")
             times.append(time.process_time())
-            load, simplify, fold, save = np.diff(times)
-            print(f"{nodes[0]:7}{load:8.2f}{simplify:10.2f}{nodes[1]:7}{fold:8.2f}{nodes[2]:7}{save:8.2f}")
-            if load + simplify + save > 15:
-                tally.fail(f"{size} nodes", f"{load + simplify + save:.1f} s for load, simplify and save")
+            loading, simplify, fold, save = np.diff(times)
+            print(f"{nodes[0]:7}{loading:8.2f}{simplify:10.2f}{nodes[1]:7}{fold:8.2f}{nodes[2]:7}{save:8.2f}")
+            if loading + simplify + save > 15:
+                tally.fail(f"{size} nodes", f"{loading + simplify + save:.1f} s for load, simplify and save")
 
 
 def _save(model: Model, path: Path) -> None:

@@ -7,7 +7,7 @@ effc.save(result.model, "model-effc.onnx")
 __version__ = "0.1.0"
 
 from effc.api import Result, optimize
-from effc.capture import load
+from effc.capture import capture, load
 from effc.contract import Context, Pass, Proposal, Repeat, Skipped
 from effc.data import DataSpec
 from effc.errors import BadInput, EffcError, InvalidModel, PassFailed, RequirementNotMet
@@ -33,6 +33,7 @@ __all__ = [
     "Result",
     "Skipped",
     "Target",
+    "capture",
     "graphsurgeon_pass",
     "load",
     "optimize",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import onnx_ir as ir
 
 import effc
 from effc import choose, edit, registry, target
-from effc.capture import from_proto, load
+from effc.capture import capture
 from effc.contract import Context, Pass, Progress, no_progress
 from effc.cost import cost
 from effc.data import Data, DataSpec, open_data
@@ -45,9 +44,10 @@ class Result:
 
 
 def optimize(
-    model: Model | onnx.ModelProto | str | os.PathLike,
+    model: Any,
     passes: str | Sequence[Pass] = DEFAULT_PASSES,
     *,
+    example_inputs: Any = None,
     calibrate: Spec | None = None,
     evaluate: Spec | None = None,
     train: Spec | None = None,
@@ -70,8 +70,10 @@ def optimize(
     """Run passes over a model; keep what is right, accurate enough and pays.
 
     Args:
-        model: a Model, a file, or a message. It is never changed.
+        model: what `effc.capture` takes: a Model, an .onnx or .pt2 file, an ONNX message, a module or program of
+            torch. It is never changed.
         passes: pass objects, or a recipe such as "simplify,int8{calibrator=mse}".
+        example_inputs: for a torch module, as in `effc.capture`.
         calibrate: data to look at activations with.
         evaluate: data to judge accuracy on.
         train: data for passes that train, such as `recover`.
@@ -102,7 +104,7 @@ def optimize(
         raise BadInput("a minimum speed-up has to be measured: leave out --no-measure or --min-speedup")
     if max_drop is not None and evaluate is None:
         raise BadInput("a largest drop needs evaluation data: give --evaluate SPEC (Python: evaluate=...)")
-    original = as_model(model)
+    original = capture(model, example_inputs)
     steps = build(parse(passes)) if isinstance(passes, str) else tuple(passes)
     aim = target.find(target_name, foreign=foreign_target)
     if min_speedup is not None and not aim.local:
@@ -175,17 +177,6 @@ def optimize(
     history.seconds = time.perf_counter() - started
     _require(history, result, min_speedup, max_size)
     return result
-
-
-def as_model(model: Model | onnx.ModelProto | str | os.PathLike) -> Model:
-    """Whatever names a model, as a Model."""
-    if isinstance(model, Model):
-        return model
-    if isinstance(model, onnx.ModelProto):
-        return from_proto(model)
-    if isinstance(model, ir.Model):
-        return Model(model)
-    return load(model)
 
 
 def real_feeds(

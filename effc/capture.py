@@ -1,12 +1,16 @@
-"""From a file to a Model: what is not a sound ONNX model is refused here, in one line, before anything else runs."""
+"""From whatever holds a network to a Model; what is not a sound one is refused here, in one line, before anything runs.
+
+ONNX is read in this file. Modules and programs of torch come through `effc.capture_torch`.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,8 +27,59 @@ OVERRIDABLE = "weights listed among the graph inputs are plain weights now: a ru
 OLDEST_OPSET, NEWEST_OPSET = 7, onnx.defs.onnx_opset_version()
 
 
+def capture(
+    source: Any,
+    example_inputs: Any = None,
+    *,
+    dynamic_batch: bool = True,
+    input_names: Sequence[str] | None = None,
+    name: str | None = None,
+) -> Model:
+    """A Model of a torch module or program, of an ONNX message, or of a file.
+
+    Args:
+        source: an `nn.Module` (an `fx.GraphModule` is one), a `torch.export.ExportedProgram`, an `onnx.ModelProto`,
+            an `onnx_ir.Model`, a Model, or the path of an .onnx or .pt2 file.
+        example_inputs: for a module: a tensor, a tuple of arguments, or a dict of keyword arguments.
+        dynamic_batch: let the first axis be of any size, N, where the module allows; `notes` says where it does not.
+            For a module; a program has been exported with the sizes it has.
+        input_names: of the graph's inputs in order, in place of those of the forward method; for torch alone.
+        name: what the model is called; None: the file's or the class's name.
+
+    A module is exported in eval mode and left as it was, and its weights are copied. The result was run on the example
+    inputs: its outputs on onnxruntime are the module's. Weights have the names of the state dict, nodes those of their
+    modules; a dense layer over more than one axis reads its weight transposed, [in, out].
+
+    Raises:
+        BadInput: no model, or not a sound one; what ONNX cannot express, with the operator's name.
+    """
+    if _is_torch(source) or _is_program_file(source):
+        from effc.capture_torch import capture_torch
+
+        return capture_torch(source, example_inputs, dynamic_batch, input_names, name)
+    if example_inputs is not None or input_names is not None:
+        given = "example_inputs" if example_inputs is not None else "input_names"
+        raise BadInput(f"{given} belong to a module of torch; leave them out for a {type(source).__name__}")
+    if isinstance(source, Model):
+        return source
+    if isinstance(source, onnx.ModelProto):
+        return from_proto(source, name or "model")
+    if isinstance(source, ir.Model):
+        return Model(source, name or "model")
+    if isinstance(source, str | os.PathLike):
+        model = load(source)
+        model.name = name or model.name
+        return model
+    if isinstance(source, Mapping):
+        raise BadInput("a dict is no model, as a state_dict is weights alone: load it into its module and give that")
+    raise BadInput(
+        f"a {type(source).__name__} is no model: give an .onnx or .pt2 file, an onnx.ModelProto, an nn.Module or a"
+        " torch.export.ExportedProgram"
+    )
+
+
 def load(path: str | os.PathLike) -> Model:
-    """Read an ONNX file. Weights stay in the message or, when external, memory-mapped in their file.
+    """Read an .onnx file, or a .pt2 file through torch. External weights stay memory-mapped in their file.
 
     Raises:
         BadInput: not an ONNX model, truncated, external data missing or outside the model's folder, NaN weights.
@@ -36,11 +91,18 @@ def load(path: str | os.PathLike) -> Model:
         raise BadInput(f"{path} is a folder; an .onnx file is needed")
     if path.stat().st_size == 0:
         raise BadInput(f"{path} is empty; an .onnx file is needed")
+    if path.suffix in (".pt", ".pth"):
+        raise BadInput(
+            f"{path} is a checkpoint, which holds weights or code and no graph: in Python load it into its module and"
+            " call effc.capture(module, example_inputs), or torch.export.save it as .pt2"
+        )
+    if _is_program_file(path):
+        return capture(path)
     try:
         # The binary form whatever the file's ending: textual forms are not what deployment tools write.
         proto = onnx.load(path, format="protobuf", load_external_data=False)
     except (DecodeError, ValueError, OSError) as error:
-        raise BadInput(f"{path} is not an ONNX model, or it is truncated ({_first_line(error)})") from error
+        raise BadInput(f"{path} is not an ONNX model, or it is truncated ({first_line(error)})") from error
     model = from_proto(proto, name=path.stem, folder=path.parent)
     if OVERRIDABLE in model.notes:
         model.file = path
@@ -58,8 +120,14 @@ def from_proto(proto: onnx.ModelProto, name: str = "model", folder: Path | None 
         with _quiet("onnx_ir"):  # what it warns of is an error below
             model = ir.from_proto(proto)
     except _FAULTS as error:
-        raise BadInput(f"{name} is not a valid ONNX model: {_first_line(error)}") from error
+        raise BadInput(f"{name} is not a valid ONNX model: {first_line(error)}") from error
     _check_external_data(model, folder)
+    return sound(model, name, notes)
+
+
+def sound(model: ir.Model, name: str, notes: Sequence[str] = ()) -> Model:
+    """A Model of a graph that keeps the rules, with what had to be changed in its notes. Raises BadInput."""
+    notes = list(notes)
     if any(v.is_initializer() for v in model.graph.inputs):
         # Weights that a caller may override can be neither folded nor quantised; from IR 4 on they need not be inputs.
         ir_passes.RemoveInitializersFromInputsPass()(model)
@@ -85,8 +153,17 @@ def from_proto(proto: onnx.ModelProto, name: str = "model", folder: Path | None 
         found = str(error).partition(": ")[2]  # behind the name of the rule
         raise BadInput(f"{name} is not a valid ONNX model: {found}") from error
     except _FAULTS as error:
-        raise BadInput(f"{name} is not a valid ONNX model: {_first_line(error)}") from error
+        raise BadInput(f"{name} is not a valid ONNX model: {first_line(error)}") from error
     return captured
+
+
+def _is_torch(source: object) -> bool:
+    """Told by its class alone, so that torch need not be there."""
+    return any(kind.__module__.partition(".")[0] == "torch" for kind in type(source).__mro__)
+
+
+def _is_program_file(source: object) -> bool:
+    return isinstance(source, str | os.PathLike) and Path(source).suffix == ".pt2"
 
 
 def _complete_outputs(model: Model) -> None:
@@ -171,7 +248,7 @@ def _check_weights(model: ir.Model) -> None:
             try:
                 array = tensor.numpy()
             except (ValueError, TypeError) as error:
-                raise BadInput(f"weight {value.name!r} cannot be read: {_first_line(error)}") from error
+                raise BadInput(f"weight {value.name!r} cannot be read: {first_line(error)}") from error
             # The largest element is NaN when any is, and no array of flags is made of a weight of gigabytes.
             if np.isnan(array.max() if array.dtype.kind == "f" else array.astype(np.float32).max()):
                 raise BadInput(f"weight {value.name!r} holds NaN; repair the model first")
@@ -191,7 +268,7 @@ def _densify(graph: onnx.GraphProto) -> None:
     del graph.sparse_initializer[:]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """What was said first: onnx_ir wraps errors in others that print whole messages."""
     while error.__cause__ is not None:
         error = error.__cause__

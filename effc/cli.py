@@ -32,8 +32,10 @@ from effc.errors import BadInput, EffcError, RequirementNotMet
 from effc.evaluate import evaluate
 from effc.history import Accuracy, History, Snapshot
 from effc.measure import compare as compare_latency
+from effc.model import Model
 from effc.recipe import load_recipe, options
 from effc.report import report, totals, write_html
+from effc.shapes import stored_size
 
 # typer carries click under its own name or, in older releases, imports it: this is its base of usage errors.
 UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -52,7 +54,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def optimize(
-    model: Annotated[Path, typer.Argument(help="An .onnx file")],
+    model: Annotated[Path, typer.Argument(help="An .onnx or .pt2 file")],
     passes: Annotated[str | None, typer.Option(help="Recipe", show_default=api.DEFAULT_PASSES)] = None,
     recipe: Annotated[Path | None, typer.Option(help="Recipe as a YAML file")] = None,
     calibrate: Annotated[str | None, typer.Option(help="Data to look at activations with")] = None,
@@ -135,7 +137,7 @@ def optimize(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(help="An .onnx file")],
+    a: Annotated[Path, typer.Argument(help="An .onnx or .pt2 file")],
     b: Annotated[Path, typer.Argument(help="Another, with the same inputs")],
     evaluate: Evaluate = None,
     batch: Batch = None,
@@ -197,10 +199,15 @@ def _compared(a, b, evaluate_on, batch, threads, dims, seed, progress):
         scores = {key: Accuracy.of(score, found["a"]) for key, score in found.items()}
     latency = compare_latency(first, second, feeds, backend=backend, threads=threads, seed=seed, progress=progress)
     snapshots = [
-        Snapshot(cost(m, batch, dims).total, m_path.stat().st_size, len(m.graph), scores[key])
+        Snapshot(cost(m, batch, dims).total, _file_size(m_path, m), len(m.graph), scores[key])
         for m, m_path, key in ((first, a, "a"), (second, b, "b"))
     ]
     return *snapshots, latency
+
+
+def _file_size(path: Path, model: Model) -> int:
+    """Bytes; for a .pt2 file those of the ONNX file that it would make."""
+    return stored_size(model) if path.suffix == ".pt2" else path.stat().st_size
 
 
 def _shown(shape: tuple[int | str | None, ...] | None) -> str:

@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from effc import capture, registry
+from effc import registry
 from effc import target as targets
+from effc.capture import load
 from effc.cli_options import Debug, Dims, Foreign, TargetName, Threads, sizes
 from effc.cost import cost
 from effc.errors import BadInput
@@ -30,7 +31,7 @@ WIDTH = 120  # of what goes to a file or a pipe
 
 
 def inspect(
-    model: Annotated[Path | None, typer.Argument(help="An .onnx file")] = None,
+    model: Annotated[Path | None, typer.Argument(help="An .onnx or .pt2 file")] = None,
     other: Annotated[Path | None, typer.Argument(help="Another, to set beside it")] = None,
     target: TargetName = None,
     foreign_target: Foreign = False,
@@ -64,7 +65,7 @@ def inspect(
     _check(model, other, training, csv, plan)
     dims = sizes(dim)
     aim = targets.find(target, foreign=foreign_target)
-    models = [capture.load(path) for path in (model, other) if path is not None]
+    models = [load(path) for path in (model, other) if path is not None]
     found = [_inspected(one, aim, batch, dims, threads) for one in models]
     effort = _effort(models, found, aim, threads, plan) if training else None
     if json:
@@ -82,7 +83,7 @@ def _check(model: Path | None, other: Path | None, training: bool, csv: bool, pl
     given = [name for name, value in plan.items() if value is not None]
     if not training:
         if model is None:
-            raise BadInput("an .onnx file is needed, or --training with --parameters and --tokens")
+            raise BadInput("an .onnx or .pt2 file is needed, or --training with --parameters and --tokens")
         if given:
             raise BadInput(f"--{given[0]} belongs to --training; give that too")
         return

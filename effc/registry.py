@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from typing import cast
 
 from effc.contract import Pass
 from effc.errors import BadInput
@@ -34,17 +35,12 @@ def backend(name: str) -> Backend:
     return _load(BACKENDS, "backend", name)()
 
 
-@cache
 def trainer(name: str = "torch") -> Trainer:
-    """The backend of that name as one that trains, made once. Raises BadInput listing those that there are.
-
-    Also where what it needs is not installed, in its words.
-    """
-    found = _load(BACKENDS, "backend", name)
-    if not hasattr(found, "write_back"):
+    """The backend of that name, as one that trains. Raises BadInput: it does not, or what it needs is not installed."""
+    if not hasattr(_load(BACKENDS, "backend", name), "write_back"):
         able = sorted(n for n in _found(BACKENDS) if hasattr(_load(BACKENDS, "backend", n), "write_back"))
-        raise BadInput(f"the backend {name!r} does not train; {', '.join(able)} does")
-    return found()
+        raise BadInput(f"the backend {name!r} does not train; there are {', '.join(able)}")
+    return cast(Trainer, backend(name))
 
 
 def _load(group: str, kind: str, name: str):

@@ -242,7 +242,8 @@ def _errors(site: Site, options: Sequence[_Option], covariance: np.ndarray | Non
     for kind in dict.fromkeys(option.kind for option in options):
         own = [index for index, option in enumerate(options) if option.kind is kind]
         method = kind(site.layer, covariance, seed, rough=True)
-        found |= zip(own, method.errors([options[index].ranks for index in own]), strict=True)
+        errors = method.errors([options[index].ranks for index in own])
+        found |= zip(own, (kind.left * off for off in errors), strict=True)
     return [found[index] for index in range(len(options))]
 
 

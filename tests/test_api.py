@@ -13,8 +13,8 @@ import effc
 import effc.guard
 import effc.predict
 import effc.target
-from effc import capture
 from effc.api import DEFAULT_MAX_DROP, optimize, real_feeds
+from effc.capture import from_proto
 from effc.contract import Proposal
 from effc.cost import Cost
 from effc.data import open_data
@@ -67,7 +67,7 @@ def ratios(monkeypatch) -> list[float]:
 def test_whatever_names_a_model_is_taken_and_never_changed(tmp_path):
     proto = networks.plain()
     onnx.save(proto, tmp_path / "m.onnx")
-    held = capture.from_proto(proto)
+    held = from_proto(proto)
     before = held.proto().SerializeToString(), held.revision
     forms = [proto, held, ir.from_proto(proto), tmp_path / "m.onnx", str(tmp_path / "m.onnx")]
     graphs = {quick(form).model.proto().graph.SerializeToString(deterministic=True) for form in forms}
@@ -110,7 +110,7 @@ def test_when_nothing_is_kept_the_original_comes_back():
     proto = networks.transposed()
     result = quick(proto, "simplify")
     assert not result.history.changed
-    assert result.model.proto().graph.SerializeToString(deterministic=True) == capture.from_proto(
+    assert result.model.proto().graph.SerializeToString(deterministic=True) == from_proto(
         proto
     ).proto().graph.SerializeToString(deterministic=True)
     assert not result.model.proto().metadata_props
@@ -261,7 +261,7 @@ def test_the_whole_is_predicted_beside_what_is_measured(ratios):
     assert (whole.basis, whole.ratio, whole.error) == (ROOFLINE, 1.0, 0.0)  # the runtime folds batch norm by itself
     assert (whole.before_ms, whole.after_ms) == (1e3 * history.original.cost.seconds, 1e3 * history.final.cost.seconds)
     aim, runtime = find(HERE), backend("onnxruntime")
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     alone = on_target(model, aim, prediction=effc.predict.predict(model, aim, backend=runtime)).total
     assert history.original.cost == alone and history.final.cost.energy < alone.energy
     assert (history.target, history.origin, history.latency.ratio) == (HERE, "published", 0.5)
@@ -436,7 +436,7 @@ def test_a_report_of_a_search_replays_without_searching():
 
 
 def test_feeds_are_the_first_samples_repeated_where_they_are_too_few():
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     data = open_data(samples([3, 1, 4])).for_model(model)
     assert real_feeds(model, 2, {}, data)["x"].argmax(axis=1).tolist() == [3, 1]
     assert real_feeds(model, 5, {}, data)["x"].argmax(axis=1).tolist() == [3, 1, 4, 3, 1]

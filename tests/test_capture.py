@@ -8,7 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper, parser
 from onnx.external_data_helper import convert_model_to_external_data
 
-from effc import capture
+from effc.capture import from_proto, load
 from effc.errors import BadInput
 from tests import networks
 from tests.networks import NETWORKS, Net, distance, feeds, run
@@ -27,7 +27,7 @@ def external(tmp_path):
 
 def refused(path) -> str:
     with pytest.raises(BadInput) as found:
-        capture.load(path)
+        load(path)
     assert "\n" not in str(found.value)
     return str(found.value)
 
@@ -45,7 +45,7 @@ def relocate(path, location: str) -> None:
 def test_loading_keeps_the_meaning(tmp_path, name):
     proto = NETWORKS[name]()
     onnx.save(proto, tmp_path / "model.onnx")
-    model = capture.load(tmp_path / "model.onnx")
+    model = load(tmp_path / "model.onnx")
     inputs = feeds(proto)
     assert distance(run(proto, inputs), run(model.proto(), inputs)) == 0
     assert [t.name for t in model.inputs] == list(inputs)
@@ -94,7 +94,7 @@ def test_damaged_files_are_refused_or_load(tmp_path, name):
             content[place] = rng.integers(0, 256)
         path.write_bytes(content)
         with contextlib.suppress(BadInput):
-            capture.load(path).nbytes()
+            load(path).nbytes()
 
 
 def test_a_message_of_another_kind(tmp_path):
@@ -117,14 +117,14 @@ def test_weights_that_are_not_numbers():
     array.flat[5] = np.nan
     proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(array, "conv1.weight"))
     with pytest.raises(BadInput, match=r"weight 'conv1\.weight' holds NaN; repair the model first"):
-        capture.from_proto(proto)
+        from_proto(proto)
 
 
 def test_a_weight_too_short_for_its_shape():
     proto = networks.plain()
     proto.graph.initializer[0].raw_data = proto.graph.initializer[0].raw_data[:-8]
     with pytest.raises(BadInput, match=r"weight 'conv1\.weight' cannot be read"):
-        capture.from_proto(proto)
+        from_proto(proto)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_a_weight_too_short_for_its_shape():
 def test_graphs_that_are_not_sound(source, words):
     proto = parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17]> g (float[2] x) => (float[2] y) {source}""")
     with pytest.raises(BadInput) as found:
-        capture.from_proto(proto, "broken")
+        from_proto(proto, "broken")
     assert str(found.value).startswith("broken ")
     assert words in str(found.value)
 
@@ -151,7 +151,7 @@ def test_nodes_out_of_order_are_put_in_order():
     nodes = list(proto.graph.node)[::-1]
     del proto.graph.node[:]
     proto.graph.node.extend(nodes)
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     assert model.notes == ("nodes were put in the order in which they are computed",)
     assert distance(expected, run(model.proto(), feeds(proto))) == 0
 
@@ -159,13 +159,13 @@ def test_nodes_out_of_order_are_put_in_order():
 def test_outputs_without_a_shape_get_one():
     proto = networks.plain()
     proto.graph.output[0].type.tensor_type.ClearField("shape")
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     assert model.outputs[0].shape == ("N", 5)
 
 
 def test_weights_listed_as_inputs_are_plain_weights():
     proto = networks.old()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     assert [t.name for t in model.inputs] == ["input"]
     assert model.ir.ir_version >= 4
     (note,) = model.notes
@@ -173,7 +173,7 @@ def test_weights_listed_as_inputs_are_plain_weights():
 
 
 def test_what_is_not_analysed_is_noted():
-    notes = capture.from_proto(networks.control()).notes
+    notes = from_proto(networks.control()).notes
     assert any("node_choice: If holds a sub-graph" in note for note in notes)
     assert any("node_swish: local.Swish is a local function" in note for note in notes)
 
@@ -190,13 +190,13 @@ def test_sparse_weights_are_made_dense(linear):
     values = helper.make_tensor("w", TensorProto.FLOAT, [2], [2, -1])
     indices = helper.make_tensor("places", TensorProto.INT64, places.shape, places.ravel())
     proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [4, 3]))
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     np.testing.assert_array_equal(model.constant(model.value("w")), dense)
     assert model.notes == ("1 sparse weights were made dense",)
 
 
 def test_external_data_stay_in_their_file(external):
-    model = capture.load(external)
+    model = load(external)
     tensor = model.value("conv2.weight").const_value
     expected = {t.name: numpy_helper.to_array(t) for t in networks.plain().graph.initializer}
     np.testing.assert_array_equal(tensor.numpy(), expected["conv2.weight"])
@@ -248,19 +248,19 @@ def test_external_data_behind_a_link_that_leads_out(external, link):
 def test_external_data_without_a_folder(external):
     proto = onnx.load(external, load_external_data=False)
     with pytest.raises(BadInput, match=r"is external data .*, and no folder is known to read from"):
-        capture.from_proto(proto)
+        from_proto(proto)
 
 
 def test_a_link_to_a_whole_folder_is_followed(external):
     link = external.parent.parent / "link"
     link.symlink_to(external.parent)
-    assert capture.load(link / "model.onnx").nbytes() > 0
+    assert load(link / "model.onnx").nbytes() > 0
 
 
 def test_nodes_without_names_get_their_own():
     proto = networks.plain()
     for node in proto.graph.node:
         node.name = "twice" if node.op_type == "Relu" else ""
-    names = [n.name for n in capture.from_proto(proto).graph]
+    names = [n.name for n in from_proto(proto).graph]
     assert len(set(names)) == len(names)
     assert all(names)

@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from effc import capture, edit
+from effc import edit
+from effc.capture import from_proto
 from effc.contract import Context
 from effc.cost import Cost, cost
 from effc.errors import EffcError
@@ -86,7 +87,7 @@ def whole_net(**where: Any) -> onnx.ModelProto:
 
 
 def site_in(proto: onnx.ModelProto, name: str = "layer", batch: int = 2) -> tuple[Model, Site, Place]:
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     shapes = model.shapes(batch)
     site = next(find(model, node, shapes) for node in layers(model) if node.name == f"node_{name}")
     assert isinstance(site, Site)

@@ -406,7 +406,7 @@ def test_inspecting_what_training_takes(command, model, predicted):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "an .onnx file is needed, or --training with --parameters and --tokens"),
+        ([], "an .onnx or .pt2 file is needed, or --training with --parameters and --tokens"),
         (["none.onnx"], "none.onnx does not exist"),
         (["plain.onnx", "none.onnx"], "none.onnx does not exist"),
         (["plain.onnx", "--json", "--csv"], "give --json or --csv, not both"),

@@ -10,6 +10,7 @@ import yaml
 import effc
 import effc.capture
 from effc import registry
+from effc.capture import from_proto
 from effc.contract import Pass
 from effc.history import KEPT, UNDONE
 from effc.recipe import build, describe, dump_recipe, format_calls, load_recipe, options, parse
@@ -108,7 +109,7 @@ def test_the_written_file_gives_the_same_outputs(tmp_path, name, network):
 def test_the_ledger_is_complete(name, network):
     proto, found = result(name, network)
     (record,) = found.history.passes
-    before = effc.capture.from_proto(proto)
+    before = from_proto(proto)
     assert [(e.node, e.op) for e in record.ledger] == [(node.name, node.op_type) for node in before.graph]
     after = {node.name for node in found.model.graph}
     for entry in record.ledger:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import effc.predict
-from effc import capture, edit, recipe, statistics
+from effc import edit, recipe, statistics
 from effc.calls import parse
+from effc.capture import from_proto
 from effc.contract import Context, Pass, Proposal, Repeat, no_progress
 from effc.cost import Cost
 from effc.data import open_data
@@ -77,7 +78,7 @@ def test_repeat_takes_whole_rounds(steps):
 
 
 def test_repeat_itself_proposes_and_changes_nothing():
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     revision, context = model.revision, cast(Context, None)
     step = Repeat(steps=2, passes=(Budgeted(),))
     assert list(step.propose(model, context)) == []
@@ -90,7 +91,7 @@ def context() -> Context:
     proto = networks.plain()
     samples = np.concatenate([networks.feeds(proto, seed=s)["input"] for s in range(3)])
     data = open_data({"source": lambda: iter([{"input": samples}])})
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     return Context(model, find("onnxruntime-avx2"), backend("onnxruntime"), calibration=data.for_model(model))
 
 

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from effc import capture
+from effc.capture import from_proto, load
 from effc.cost import Cost, cost, operand_type
 from effc.model import Model
 from effc.shapes import _message, skeleton, strip
@@ -42,7 +42,7 @@ def test_costs_add_up():
     ],
 )
 def test_macs_by_hand_grow_with_the_batch(name, macs):
-    model = capture.from_proto(networks.NETWORKS[name]())
+    model = from_proto(networks.NETWORKS[name]())
     assert cost(model, dims={"T": 6}).total.macs == macs
     if model.batch is None:
         assert cost(model, batch=3, dims={"T": 6}).total.macs == 3 * macs
@@ -50,7 +50,7 @@ def test_macs_by_hand_grow_with_the_batch(name, macs):
 
 
 def test_each_node_has_its_own_share():
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     found = cost(model)
     assert set(found.nodes) == {node.name for node in model.graph}
     # read and written, in float32: 8 channels of 12 x 12, 16 of 6 x 6
@@ -64,22 +64,22 @@ def test_each_node_has_its_own_share():
 
 
 def test_activations_grow_with_the_batch_and_weights_do_not():
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     one, three = (cost(model, batch).total for batch in (1, 3))
     assert three == Cost(3 * one.macs, one.parameters, one.weight_bytes, 3 * one.activation_bytes)
-    half = cost(capture.from_proto(networks.half())).nodes["node_conv1"]
+    half = cost(from_proto(networks.half())).nodes["node_conv1"]
     assert half.activation_bytes == 2 * (3 * 64 + 8 * 64)
 
 
 def test_a_weight_that_two_nodes_read_counts_once():
-    found = cost(capture.from_proto(networks.two_outputs()))
+    found = cost(from_proto(networks.two_outputs()))
     assert found.nodes["node_conv_left"].parameters == 4 * 4 * 9
     assert found.nodes["node_conv_right"] == Cost(macs=36 * 4 * 36, activation_bytes=4 * 2 * 4 * 36)
     assert found.total.parameters == 4 * 4 * 9 + 2 * 4 * 4
 
 
 def test_what_is_not_analysed_is_unknown_with_a_reason():
-    found = cost(capture.from_proto(networks.control()))
+    found = cost(from_proto(networks.control()))
     assert found.unknown == {
         "node_swish": "local.Swish is a local function, passed through untouched",
         "node_choice": "If holds a sub-graph, which is passed through untouched",
@@ -88,10 +88,10 @@ def test_what_is_not_analysed_is_unknown_with_a_reason():
 
 
 def test_an_open_dimension_leaves_a_node_unknown():
-    found = cost(capture.from_proto(networks.sound()))
+    found = cost(from_proto(networks.sound()))
     assert found.unknown["node_conv1"] == "the shapes of Conv are not known"
     assert found.unknown["node_bn1"] == "the sizes of what BatchNormalization reads or writes are not known"
-    assert found.unknown.keys() == {node.name for node in capture.from_proto(networks.sound()).graph}
+    assert found.unknown.keys() == {node.name for node in from_proto(networks.sound()).graph}
     assert (found.total.macs, found.total.activation_bytes) == (0, 0)
 
 
@@ -115,7 +115,7 @@ def test_integer_operators_count_as_their_float_forms():
     ]
     outputs = [("c", table, [1, 3, 2, 2]), ("q", TensorProto.UINT8, [1, 3, 2, 2])]
     outputs += [("p", table, [6, 7]), ("r", TensorProto.UINT8, [6, 7])]
-    found = cost(capture.from_proto(graph(nodes, image, outputs, {"w": w, "m": m, "one": one, "zero": zero})))
+    found = cost(from_proto(graph(nodes, image, outputs, {"w": w, "m": m, "one": one, "zero": zero})))
     assert {name: c.macs for name, c in found.nodes.items()} == {
         "conv": 2 * 2 * 3 * 18, "qconv": 2 * 2 * 3 * 18, "matmul": 6 * 5 * 7, "qmatmul": 6 * 5 * 7,
     }  # fmt: skip
@@ -126,7 +126,7 @@ def test_gemm_sums_over_the_inner_axis(transposed, shape):
     nodes = [helper.make_node("Gemm", ["a", "w"], ["y"], "gemm", transA=transposed)]
     model = graph(nodes, [("a", TensorProto.FLOAT, shape)], [("y", TensorProto.FLOAT, [6, 7])],
                   {"w": np.zeros((5, 7), np.float32)})  # fmt: skip
-    assert cost(capture.from_proto(model)).total == Cost(6 * 5 * 7, 35, 140, 4 * 6 * (5 + 7))
+    assert cost(from_proto(model)).total == Cost(6 * 5 * 7, 35, 140, 4 * 6 * (5 + 7))
 
 
 def test_integer_weights_are_parameters_and_their_scales_are_not():
@@ -135,7 +135,7 @@ def test_integer_weights_are_parameters_and_their_scales_are_not():
     net.weights |= {"q": np.zeros((4, 3), np.int8), "scale": np.ones(3, np.float32), "zero": np.zeros(3, np.int8)}
     w = net.node("DequantizeLinear", "q", "scale", "zero", name="dq", axis=1)
     net.output(net.node("MatMul", x, w, name="mm"), [1, 3])
-    assert cost(capture.from_proto(net.model())).total == Cost(12, 12, 12 + 4 * 3 + 3, 4 * (4 + 3))
+    assert cost(from_proto(net.model())).total == Cost(12, 12, 12 + 4 * 3 + 3, 4 * (4 + 3))
 
 
 def test_constants_in_the_graph_count_too():
@@ -145,7 +145,7 @@ def test_constants_in_the_graph_count_too():
     shape = net.weight("shape", np.array([3, 2], np.int64))
     made = net.node("ConstantOfShape", shape, name="made")
     net.output(net.node("MatMul", net.node("MatMul", x, stored, name="a"), made, name="b"), [1, 2])
-    found = cost(capture.from_proto(net.model()))
+    found = cost(from_proto(net.model()))
     assert found.nodes["node_stored"] == Cost(0, 12, 48)
     assert found.nodes["node_made"] == Cost(0, 6, 16)  # made at run time: no bytes but its shape's
     assert found.total.macs == 12 + 6
@@ -153,7 +153,7 @@ def test_constants_in_the_graph_count_too():
 
 @pytest.mark.parametrize("name", [*networks.NETWORKS])
 def test_the_operands_of_plain_networks_are_what_their_tensors_are(name):
-    model = capture.from_proto(networks.NETWORKS[name]())
+    model = from_proto(networks.NETWORKS[name]())
     types = element_types(model)
     for node in model.nodes("Conv", "ConvTranspose", "Gemm", "MatMul"):
         assert operand_type(node) == operand_type(node, types) == ("float16" if name == "half" else "float32")
@@ -169,7 +169,7 @@ def coded(data: type | None, weight: type, *, scale: type = np.float32, transpos
     w = net.node("DequantizeLinear", net.weight("w", np.zeros((3, 4) if transposed else (4, 3), weight)), one)
     w = net.node("Transpose", w, perm=[1, 0]) if transposed else w
     net.output(net.node("MatMul", x, w, name="product"), [2, 3])
-    return capture.from_proto(net.model()).node("node_product")
+    return from_proto(net.model()).node("node_product")
 
 
 def test_the_operands_of_coded_products():
@@ -182,7 +182,7 @@ def test_the_operands_of_coded_products():
 
 def test_the_operands_of_4_bit_weights():
     """Codes of 4 bits with float activations are float products, and their weights are small all the same."""
-    model = capture.from_proto(networks_of_4_bits())
+    model = from_proto(networks_of_4_bits())
     product = model.node("node_product")
     assert operand_type(product) == operand_type(product, element_types(model)) == "float32"
     assert operand_type(model.node("node_both")) == "int4"
@@ -282,7 +282,7 @@ OPERATIONS = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_networks(name):
     macs, parameters, statistics = PUBLISHED[name]
-    found = cost(capture.load(LIGHT / f"{name}.onnx")).total
+    found = cost(load(LIGHT / f"{name}.onnx")).total
     assert found.macs == pytest.approx(macs, abs=0.006e9)  # two digits were published
     exact = name != "light_inception_v1"  # published in millions
     assert found.parameters - statistics == (parameters if exact else pytest.approx(parameters, rel=0.01))
@@ -290,7 +290,7 @@ def test_published_networks(name):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_published_operations(name):
-    macs = cost(capture.load(LIGHT / f"{name}.onnx")).total.macs
+    macs = cost(load(LIGHT / f"{name}.onnx")).total.macs
     assert 0.985 * OPERATIONS[name] <= 2 * macs <= OPERATIONS[name]
 
 
@@ -300,7 +300,7 @@ def test_alexnet_by_hand():
     dense = [(256 * 36, 4096), (4096, 4096), (4096, 1000)]
     macs = sum(d * side**2 * patch for d, side, patch in convolutions) + sum(n * d for n, d in dense)
     parameters = sum(d * (patch + 1) for d, _, patch in convolutions) + sum((n + 1) * d for n, d in dense)
-    found = cost(capture.load(LIGHT / "light_bvlc_alexnet.onnx")).total
+    found = cost(load(LIGHT / "light_bvlc_alexnet.onnx")).total
     assert (found.macs, found.parameters) == (macs, parameters)
 
 
@@ -339,7 +339,7 @@ def counted(path: Path) -> tuple[int, int]:
 
 @pytest.mark.parametrize("path", sorted(LIGHT.glob("*.onnx")), ids=lambda path: path.stem)
 def test_an_independent_count_agrees(path):
-    found = cost(capture.load(path))
+    found = cost(load(path))
     assert (found.total.macs, found.total.parameters) == counted(path)
     assert not found.unknown
 
@@ -357,7 +357,7 @@ def test_shufflenet_by_hand():
         macs += repeats * side**2 * (2 * width * width // 4 + 9 * width)
         channels = width
     macs += 544 * 1000
-    assert cost(capture.load(LIGHT / "light_shufflenet.onnx")).total.macs == macs
+    assert cost(load(LIGHT / "light_shufflenet.onnx")).total.macs == macs
 
 
 NO_DATA = pytest.mark.skipif(
@@ -366,7 +366,7 @@ NO_DATA = pytest.mark.skipif(
 
 
 def real_total(name: str) -> Cost:
-    found = cost(capture.load(Path(os.environ["EFFC_DATA"], "models", name)))
+    found = cost(load(Path(os.environ["EFFC_DATA"], "models", name)))
     assert not found.unknown
     return found.total
 

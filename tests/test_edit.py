@@ -6,7 +6,8 @@ import onnx_ir as ir
 import pytest
 from onnx import parser
 
-from effc import capture, edit
+from effc import edit
+from effc.capture import from_proto
 from effc.errors import InvalidModel, PassFailed
 from effc.model import Model
 from tests import networks
@@ -15,7 +16,7 @@ from tests import networks
 @pytest.fixture
 def model() -> Model:
     """x -> Relu a -> Sigmoid b -> Add (b, w) -> y, and z = Identity (a) as a second output."""
-    return capture.from_proto(
+    return from_proto(
         parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
         g (float[N, 2] x) => (float[N, 2] y, float[N, 2] z) <float[2] w = {1.0, 2.0}> {
             [relu] a = Relu (x)
@@ -41,7 +42,7 @@ def state(model: Model) -> tuple[int, bytes]:
 
 
 def test_fresh_names_are_new_everywhere_and_reserved():
-    model = capture.from_proto(networks.control())
+    model = from_proto(networks.control())
     assert edit.fresh(model, "new") == "new"
     assert edit.fresh(model, "new") == "new_1"
     assert edit.fresh(model, "node_then_branch") == "node_then_branch_1"
@@ -156,7 +157,7 @@ def test_bypass_refuses_to_rename_inputs_weights_and_outputs(model):
 def test_bypass_refuses_a_node_with_a_second_output_that_is_read():
     proto = parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
         g (float[N] x) => (float[N] y, bool[N] m) { [drop] a, m = Dropout (x) y = Relu (a) }""")
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     assert not edit.may_bypass(model, model.node("drop"), model.value("x"))
 
 
@@ -184,7 +185,7 @@ def test_discard_takes_only_what_nothing_reads(model):
 
 
 def test_inputs_in_between_are_left_empty():
-    model = capture.from_proto(networks.depthwise())
+    model = from_proto(networks.depthwise())
     node = model.node("node_clip")
     edit.set_input(model, node, 1, None)
     assert [v and v.name for v in node.inputs] == ["bn", None, "high"]
@@ -192,7 +193,7 @@ def test_inputs_in_between_are_left_empty():
 
 
 def test_attributes_are_set_and_removed():
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     node = model.node("node_conv1")
     edit.set_attributes(model, node, pads=[0, 0, 0, 0], dilations=[1, 1], kernel_shape=None)
     assert list(node.attributes["pads"].value) == [0, 0, 0, 0]
@@ -217,7 +218,7 @@ def test_removing_what_is_unused_also_drops_optional_outputs():
             dead = Relu (x)
             deader = Relu (dead)
         }""")
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     assert edit.remove_unused(model) == 2
     assert [len(n.outputs) for n in model.graph] == [1]
     assert not model.graph.initializers
@@ -228,7 +229,7 @@ def test_removing_what_is_unused_also_drops_optional_outputs():
 
 def test_another_graph_must_have_the_same_inputs_and_outputs(model):
     before = state(model)
-    other = capture.from_proto(networks.plain())
+    other = from_proto(networks.plain())
     with pytest.raises(PassFailed, match=r"the rewritten graph has the inputs \['input'\], the model had \['x'\]"):
         edit.substitute(model, other.ir)
     assert unchanged(model, *before)

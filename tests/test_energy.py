@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from effc import capture
+from effc.capture import from_proto
 from effc.cost import Cost, cost
 from effc.energy import ADD, DRAM, MULTIPLY, SRAM, joules, mac_joules, on_target
 from effc.predict import MEASURED, Estimate, Prediction
@@ -57,7 +57,7 @@ def test_an_activation_that_fits_the_cache_stays_there():
 
 def test_energy_of_a_network_by_hand():
     """plain at batch 1: all activations fit 8 MB, none fits 0 bytes."""
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     bare = cost(model)
     for cache, each in ((2**23, 1.25), (0, 160.0)):
         found = on_target(model, target(cache))
@@ -72,7 +72,7 @@ def test_energy_of_a_network_by_hand():
 
 
 def test_weights_come_once_an_inference_whatever_the_batch():
-    model = capture.from_proto(networks.mlp())
+    model = from_proto(networks.mlp())
     one, many = (on_target(model, target(2**23), batch=batch).total for batch in (1, 64))
     weights = one.weight_bytes * 160e-12
     assert many.energy - weights == pytest.approx(64 * (one.energy - weights), rel=1e-9, abs=0)
@@ -96,7 +96,7 @@ def product(weight: type | None, *, codes: bool = False) -> Net:
 def test_codes_save_traffic_and_integer_products_work_as_well():
     macs = 256 * 256
     spent = {
-        key: on_target(capture.from_proto(product(weight, codes=codes).model()), target(2**23))
+        key: on_target(from_proto(product(weight, codes=codes).model()), target(2**23))
         for key, weight, codes in (("float", None, False), ("weight", np.int8, False), ("both", np.int8, True))
     }
     floats, weight_only, integer = (found.nodes["node_product"].energy for found in spent.values())
@@ -109,7 +109,7 @@ def test_codes_save_traffic_and_integer_products_work_as_well():
 
 
 def test_a_prediction_tells_what_fuses_and_how_long_it_takes():
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     fused = {"node_bn1": "node_conv1", "node_relu2": "node_conv1"}
     times = {node.name: Estimate(1e-6, 0.1, MEASURED) for node in model.graph if node.name not in fused}
     prediction = Prediction(Estimate(2e-5, 0.1, MEASURED), times, fused)
@@ -125,6 +125,6 @@ def test_a_prediction_tells_what_fuses_and_how_long_it_takes():
 
 
 def test_what_is_unknown_stays_unknown():
-    found = on_target(capture.from_proto(networks.control()), target(2**23))
+    found = on_target(from_proto(networks.control()), target(2**23))
     assert found.unknown.keys() == {"node_swish", "node_choice"}
     assert found.nodes["node_choice"] == Cost()

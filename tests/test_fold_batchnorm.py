@@ -5,7 +5,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper, parser
 
-from effc import capture, edit
+from effc import edit
+from effc.capture import from_proto
 from effc.contract import Proposal, Skipped
 from effc.errors import PassFailed
 from effc.model import Model
@@ -39,7 +40,7 @@ def norms(model: Model) -> int:
 )  # fmt: skip
 def test_sites_and_outputs_of_every_network(name, sites, left):
     proto = NETWORKS[name]()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     chosen, skipped = fold(model)
     assert (len(chosen), len(skipped), norms(model)) == (sites, left, left)
     inputs = feeds(proto)
@@ -85,7 +86,7 @@ def test_convolutions_behind_which_a_norm_stands(form, opset):
     del bare.graph.node[-1], bare.graph.output[:]
     bare.graph.output.append(helper.make_tensor_value_info(layer, 1, None))
     expected = {"bn": reference(run(bare, inputs)[layer], *parts, eps=1e-3).astype(np.float32)}
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     fold(model)
     assert distance(expected, run(model.proto(), inputs)) <= STEP.tolerance
     assert [n.name for n in model.graph] == ["node_layer"]
@@ -105,7 +106,7 @@ def test_gemm(trans, bias, behind):
     y = net.node("Gemm", x, *inputs, name="fc", transB=trans, alpha=0.5, beta=3.0)
     net.output(net.norm(y, 5, name="bn") if behind else y, [2, 5])
     proto = net.model()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     assert len(fold(model)[0]) == 1 and [n.op_type for n in model.graph] == ["Gemm"]
     assert distance(run(proto), run(model.proto())) <= STEP.tolerance
 
@@ -118,7 +119,7 @@ def test_norm_before_a_convolution_without_padding(group, bias):
     y = net.conv(net.norm(x, 6, name="bn"), 6, 12, 3, name="conv", group=group, bias=bias, strides=[2, 2])
     net.output(y, ["N", 12, 3, 3])
     proto = net.model()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     chosen, _ = fold(model)
     assert chosen[0].setting == {"into": "node_conv"} and norms(model) == 0
     assert distance(run(proto), run(model.proto())) <= STEP.tolerance
@@ -129,7 +130,7 @@ def test_a_chain_of_norms_becomes_part_of_one_layer():
     x = net.conv(net.input("x", ["N", 3, 6, 6]), 3, 4, 3, name="conv")
     net.output(net.norm(net.norm(net.norm(x, 4, name="a"), 4, name="b"), 4, name="c"), ["N", 4, 4, 4])
     proto = net.model()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     assert len(fold(model)[0]) == 3 and len(model.graph) == 1
     assert distance(run(proto), run(model.proto())) <= STEP.tolerance
 
@@ -139,7 +140,7 @@ def test_norm_behind_norm_where_nothing_else_is_left():
     x = net.relu(net.input("x", ["N", 3, 6, 6]))
     net.output(net.relu(net.norm(net.norm(x, 3, name="a"), 3, name="b")), ["N", 3, 6, 6])
     proto = net.model()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     chosen, skipped = fold(model)
     assert [p.nodes for p in chosen] == [("node_a", "node_b")] and norms(model) == 1
     assert skipped == {"node_a": "it stands behind Relu 'node_relu0'; BatchNormalization 'node_b' follows"}
@@ -151,7 +152,7 @@ def test_matmul_gets_an_add_that_a_second_norm_uses():
     x = net.node("MatMul", net.input("x", ["N", 6]), net.weight("w", net.random(6, 4)), name="mm")
     net.output(net.norm(net.norm(x, 4, name="a"), 4, name="b"), ["N", 4])
     proto = net.model()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     assert len(fold(model)[0]) == 2
     assert [n.op_type for n in model.graph] == ["MatMul", "Add"]
     assert edit.origin_of(model.graph[1]) == ("node_mm", "node_a", "node_b")
@@ -160,7 +161,7 @@ def test_matmul_gets_an_add_that_a_second_norm_uses():
 
 def test_float16_is_computed_wide_and_stored_narrow():
     proto = networks.half()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     parts = {t.name: numpy_helper.to_array(t) for t in proto.graph.initializer}
     fold(model)
     s = parts["bn1.weight"].astype(np.float64) / np.sqrt(parts["bn1.running_var"].astype(np.float64) + 1e-5)
@@ -170,14 +171,14 @@ def test_float16_is_computed_wide_and_stored_narrow():
 
 
 def test_the_layer_stands_for_the_norm_as_well():
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     fold(model)
     assert edit.origin_of(model.node("node_conv1")) == ("node_conv1", "node_bn1")
 
 
 def test_weights_that_were_not_given_stay_untouched():
     """A model shares its weights with its clone: folding in one must not be seen in the other."""
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     before = model.value("conv1.weight").const_value.numpy().copy()
     clone = model.clone()
     fold(clone)
@@ -186,7 +187,7 @@ def test_weights_that_were_not_given_stay_untouched():
 
 
 def refusal(net: Net) -> str:
-    model = capture.from_proto(net.model())
+    model = from_proto(net.model())
     revision = model.revision
     chosen, skipped = fold(model)
     assert not chosen and model.revision == revision
@@ -209,7 +210,7 @@ def test_refuses_an_output_that_the_caller_reads():
 
 
 def test_refuses_a_shared_weight():
-    _, skipped = fold(capture.from_proto(networks.two_outputs()))
+    _, skipped = fold(from_proto(networks.two_outputs()))
     assert skipped["node_left_bn"].startswith("the weight of 'node_conv_left' is shared with another node")
 
 
@@ -277,7 +278,7 @@ def test_refuses_statistics_for_each_position():
     proto = parser.parse_model("""<ir_version: 4, opset_import: ["": 7]>
         g (float[1, 2, 3, 3] x, float[2, 3, 3] s, float[2, 3, 3] b, float[2, 3, 3] m, float[2, 3, 3] v)
         => (float[1, 2, 3, 3] y) { y = BatchNormalization <spatial = 0> (x, s, b, m, v) }""")
-    (found,) = STEP.propose(capture.from_proto(proto), None)
+    (found,) = STEP.propose(from_proto(proto), None)
     assert found.reason == "it has statistics for each position (spatial=0)"
 
 
@@ -292,13 +293,13 @@ def test_norms_in_branches_are_reported():
         info = helper.make_tensor_value_info(f"{key}_y", 1, ["N", 2, 4, 4])
         branches[key] = helper.make_graph([node], key, [], [info])
     net.output(net.node("If", c, name="choice", **branches), ["N", 2, 4, 4])
-    found = list(STEP.propose(capture.from_proto(net.model()), None))
+    found = list(STEP.propose(from_proto(net.model()), None))
     assert {f.site for f in found} == {"then_branch_bn", "else_branch_bn"}
     assert found[0].reason.startswith("it is inside 'node_choice': If holds a sub-graph")
 
 
 def test_choosing_what_cannot_be_done_fails_before_it_writes():
-    model = capture.from_proto(networks.two_outputs())
+    model = from_proto(networks.two_outputs())
     with pytest.raises(
         PassFailed, match=r"fold-batchnorm: 'node_left_bn' cannot be folded: the weight of .* is shared"
     ):

@@ -15,7 +15,8 @@ from onnx import TensorProto, helper, numpy_helper, parser
 from pydantic import Field
 
 import effc
-from effc import capture, edit, registry
+from effc import edit, registry
+from effc.capture import from_proto, load
 from effc.contract import Skipped
 from effc.errors import BadInput, PassFailed
 from effc.graphsurgeon import graphsurgeon_pass, surgery
@@ -90,7 +91,7 @@ def add_and_remove(model: Model) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_function_that_does_nothing_leaves_the_model_alone(name):
-    model = capture.from_proto(NETWORKS[name]())
+    model = from_proto(NETWORKS[name]())
     revision = model.revision
     assert there_and_back(model, look_at_everything)
     assert model.revision == revision
@@ -98,7 +99,7 @@ def test_a_function_that_does_nothing_leaves_the_model_alone(name):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_whole_way_back_gives_the_same_bytes(name):
-    model = capture.from_proto(NETWORKS[name]())
+    model = from_proto(NETWORKS[name]())
     before = bytes_of(model)
     add_and_remove(model)
     assert bytes_of(model) == before
@@ -115,7 +116,7 @@ def test_weights_of_every_type_keep_type_and_bits(kind):
         weight = ir.to_proto(ir.tensor(np.array([1, 2, 3, 1]).astype(dtype), name="w"))
     info = helper.make_tensor_value_info("y", weight.data_type, [4])
     graph = helper.make_graph([helper.make_node("Identity", ["w"], ["y"], name="same")], "g", [], [info], [weight])
-    model = capture.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+    model = from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
     assert there_and_back(model, look_at_everything)
 
     def rename(graph: gs.Graph) -> None:
@@ -152,7 +153,7 @@ def dressed() -> Model:
     branch = next(n for n in graph.node if n.op_type == "If").attribute[0].g
     branch.doc_string = "a branch"
     branch.node[0].doc_string = "in a branch"
-    return capture.from_proto(proto)
+    return from_proto(proto)
 
 
 def test_metadata_doc_strings_and_annotations_survive_a_change():
@@ -164,7 +165,7 @@ def test_metadata_doc_strings_and_annotations_survive_a_change():
 
 
 def test_a_weight_that_branches_read_is_not_copied_into_them():
-    model = capture.from_proto(networks.control())
+    model = from_proto(networks.control())
 
     def halve(graph: gs.Graph) -> None:
         choice = next(n for n in graph.nodes if n.op == "If")
@@ -185,7 +186,7 @@ def test_attributes_that_graphsurgeon_leaves_out_are_put_back():
     body = parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
         g (float[2] x) => (optional(float[2]) y) { [pack] y = Optional (x) }""")
     body.graph.node[0].attribute.append(helper.make_attribute("type", body.graph.input[0].type))
-    model = capture.from_proto(body)
+    model = from_proto(body)
     before = bytes_of(model)
     add_and_remove(model)
     assert bytes_of(model) == before
@@ -194,7 +195,7 @@ def test_attributes_that_graphsurgeon_leaves_out_are_put_back():
 def test_weights_outside_the_file_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     proto = networks.plain()
     onnx.save(proto, tmp_path / "plain.onnx", save_as_external_data=True, location="w", size_threshold=0)
-    model = capture.load(tmp_path / "plain.onnx")
+    model = load(tmp_path / "plain.onnx")
 
     def never(self: object) -> None:
         raise AssertionError("a weight was read")
@@ -210,7 +211,7 @@ def test_weights_outside_the_file_are_not_read(tmp_path: Path, monkeypatch: pyte
 
 
 def test_the_library_own_functions_work_on_the_stand_ins():
-    model = capture.from_proto(networks.old())
+    model = from_proto(networks.old())
     before = run(model.proto())
     with surgery(model) as graph:
         graph.fold_constants().cleanup().toposort()
@@ -219,7 +220,7 @@ def test_the_library_own_functions_work_on_the_stand_ins():
 
 
 def test_a_real_rewrite_gives_the_same_numbers_and_says_where_nodes_went():
-    model = capture.from_proto(relu6_net())
+    model = from_proto(relu6_net())
     before = run(model.proto())
     step = relu6()
     context = None
@@ -275,7 +276,7 @@ def drop_relu(graph: gs.Graph) -> None:
 
 
 def test_a_node_may_take_over_the_output_of_another():
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     relu = next(n for n in model.graph if n.op_type == "Relu")
     there_and_back(model, drop_relu)
     norm = model.node("node_bn1")
@@ -284,7 +285,7 @@ def test_a_node_may_take_over_the_output_of_another():
 
 
 def test_new_sub_graphs_and_new_domains_arrive():
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
 
     def wrap(graph: gs.Graph) -> None:
         old = graph.outputs[0]
@@ -311,7 +312,7 @@ def test_new_sub_graphs_and_new_domains_arrive():
 
 
 def test_attributes_take_the_type_that_the_operator_states():
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
 
     def leak(graph: gs.Graph) -> None:
         for node in graph.nodes:
@@ -325,7 +326,7 @@ def test_attributes_take_the_type_that_the_operator_states():
 
 def test_weights_of_another_size_void_the_recorded_shapes():
     proto = onnx.shape_inference.infer_shapes(networks.plain())
-    model, before = capture.from_proto(proto), capture.from_proto(proto)
+    model, before = from_proto(proto), from_proto(proto)
 
     def thin(graph: gs.Graph) -> None:
         for node in graph.nodes:
@@ -397,7 +398,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("change", "message"), REFUSALS, ids=[c.__name__ for c, _ in REFUSALS])
 def test_what_would_be_lost_is_refused_and_the_model_stays(change, message):
-    model = capture.from_proto(networks.control())
+    model = from_proto(networks.control())
     before, revision = bytes_of(model), model.revision
     with pytest.raises(PassFailed, match=message), surgery(model) as graph:
         change(graph)
@@ -409,7 +410,7 @@ def test_a_text_that_is_no_utf8_is_refused():
     proto.graph.node[0].attribute.append(helper.make_attribute("raw", b"\xff\xfe"))
     proto.graph.node[0].domain = "other"
     proto.opset_import.append(helper.make_opsetid("other", 1))
-    with pytest.raises(PassFailed, match="no UTF-8"), surgery(capture.from_proto(proto)):
+    with pytest.raises(PassFailed, match="no UTF-8"), surgery(from_proto(proto)):
         pass
 
 
@@ -419,7 +420,7 @@ def test_a_failing_function_is_named_and_changes_nothing(monkeypatch: pytest.Mon
         graph.nodes.clear()
         raise IndexError("no such node")
 
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     before = bytes_of(model)
     with pytest.raises(PassFailed, match="breaks: IndexError: no such node; leave this pass out"):
         effc.optimize(model, [breaks()], measure=False)

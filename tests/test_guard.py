@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import effc.guard
-from effc import capture, edit
+from effc import edit
+from effc.capture import from_proto
 from effc.contract import Context, Proposal
 from effc.cost import Cost, ModelCost
 from effc.data import open_data
@@ -84,7 +85,7 @@ def judged(guard: Guard, before: Model, after: Model, lossy: bool = True, limit:
 
 @pytest.fixture
 def model() -> Model:
-    return capture.from_proto(networks.mlp())
+    return from_proto(networks.mlp())
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_a_counted_goal_must_not_rise(model, goal, reason):
 
 
 def test_accuracy_is_held_to_the_limit_and_comes_before_latency(measured):
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     worse = model.clone()
     scaled("w3", 0.0)(worse, [])
     scaled("w4", 0.0)(worse, [])  # 8 + 16 of 100 samples
@@ -210,7 +211,7 @@ def test_accuracy_is_held_to_the_limit_and_comes_before_latency(measured):
 
 
 def test_accuracy_is_that_of_the_original_and_not_of_the_model_before():
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     before, after = model.clone(), model.clone()
     scaled("w3", 0.0)(before, [])
     for weight in ("w3", "w4"):
@@ -220,7 +221,7 @@ def test_accuracy_is_that_of_the_original_and_not_of_the_model_before():
 
 
 def test_where_less_is_better_a_rise_is_a_drop():
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     worse = model.clone()
     scaled("w5", 0.0)(worse, [])  # 30 of 100 samples: from certainty to one of six
     accuracy = guard(model, evaluation={**samples(), "metric": "kl"}).accuracy(worse)
@@ -228,7 +229,7 @@ def test_where_less_is_better_a_rise_is_a_drop():
 
 
 def test_each_model_is_evaluated_once(monkeypatch):
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     other, runs = model.clone(), []
     scaled("w5", 0.0)(other, [])
     real = effc.guard.evaluate
@@ -246,7 +247,7 @@ def test_each_model_is_evaluated_once(monkeypatch):
 
 def test_the_error_of_a_drop_is_that_of_pairs_of_answers():
     """A share of n samples whose answers go wrong: the standard error is that of a mean of ones and zeros."""
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     other = model.clone()
     scaled("w5", 0.0)(other, [])
     watching = guard(model, evaluation=samples([0, 0, 5, 5] * 20))  # every other sample serves for choosing
@@ -258,7 +259,7 @@ def test_the_error_of_a_drop_is_that_of_pairs_of_answers():
 
 def test_what_is_reported_comes_from_the_samples_that_did_not_serve_for_choosing():
     """Only odd samples are of class 5, whose layer is emptied."""
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     other = model.clone()
     scaled("w5", 0.0)(other, [])
     watching = guard(model, evaluation=samples([0, 5] * 20))
@@ -269,7 +270,7 @@ def test_what_is_reported_comes_from_the_samples_that_did_not_serve_for_choosing
 
 
 def test_a_model_that_gives_nan_is_undone_not_crashed_on():
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     broken = model.clone()
     edit.set_initializer(broken, broken.value("w5"), np.full((6, 6), np.inf, np.float32))  # infinity times zero
     for metric in ("top1", "kl"):
@@ -279,7 +280,7 @@ def test_a_model_that_gives_nan_is_undone_not_crashed_on():
 
 
 def test_no_drop_can_be_held_in_a_metric_that_is_infinite_for_the_original():
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     other = model.clone()
     scaled("w5", 0.5)(other, [])
     watching = guard(model, evaluation={**samples(), "metric": "sqnr"}, max_drop=1.0)
@@ -420,7 +421,7 @@ def test_nothing_is_timed_for_another_machine(pair, measured):
 
 
 def test_a_branch_that_was_not_there_is_not_foretold(pair):
-    control = capture.from_proto(networks.control())
+    control = from_proto(networks.control())
     before, _ = pair
     told = {before: (2.0, 0.1), control: (1.0, 0.1)}
     watching = foretelling(before, told)

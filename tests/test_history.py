@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from effc import capture, edit
+from effc import edit
+from effc.capture import from_proto
 from effc.contract import Proposal
 from effc.cost import Cost
 from effc.errors import BadInput
@@ -35,7 +36,7 @@ STEP = Lossy()
 
 @pytest.fixture
 def model() -> Model:
-    return capture.from_proto(networks.plain())
+    return from_proto(networks.plain())
 
 
 def told(before: Model, after: Model, *chosen: Proposal, **skipped: str) -> dict[str, NodeRecord]:
@@ -80,7 +81,7 @@ def test_what_is_gone_leads_nowhere_and_what_is_absorbed_to_its_heir(model):
 
 
 def test_what_is_not_analysed_says_why():
-    control = capture.from_proto(networks.control())
+    control = from_proto(networks.control())
     assert told(control, control.clone())["node_choice"].reason.startswith("If holds a sub-graph")
 
 

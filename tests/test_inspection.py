@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from effc import BadInput, capture
+from effc import BadInput
+from effc.capture import from_proto
 from effc.cost import Cost, cost
 from effc.energy import on_target
 from effc.inspection import CHANGED, GONE, NEW, SAME, Inspection, compare, grouped, inspect, stated_batch
@@ -44,7 +45,7 @@ def prediction(**changes: float) -> Prediction:
 
 
 def inspected(model: Model | None = None, **changes) -> Inspection:
-    return inspect(model or capture.from_proto(networks.plain()), target(), prediction(**changes))
+    return inspect(model or from_proto(networks.plain()), target(), prediction(**changes))
 
 
 def printed(what, width: int = 120) -> str:
@@ -58,7 +59,7 @@ def test_layers_that_take_most_time_come_first():
     names = [layer.name for layer in found.layers]
     assert names[:6] == ["node_conv2", "node_conv1", "node_conv3", "node_bn2", "node_fc", "node_pool"]
     assert set(names[-2:]) == set(INTO_CONV1)  # these last, and before them what takes no time
-    assert {layer.name for layer in found.layers} == {node.name for node in capture.from_proto(networks.plain()).graph}
+    assert {layer.name for layer in found.layers} == {node.name for node in from_proto(networks.plain()).graph}
     assert [layer.seconds for layer in found.layers] == sorted((layer.seconds for layer in found.layers), reverse=True)
 
 
@@ -79,7 +80,7 @@ def test_shares_add_up_to_one():
 
 def test_a_layer_by_hand():
     """conv1 with its batch norm and ReLU: 3 channels of 12 x 12 in, 8 out, 108 weights and 32 numbers of batch norm."""
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     found = inspected(model)
     conv = next(layer for layer in found.layers if layer.name == "node_conv1")
     assert (conv.op, conv.shape, conv.operands, conv.fuses) == (
@@ -103,7 +104,7 @@ def test_a_layer_by_hand():
 
 
 def test_totals_are_those_of_the_cost():
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     found = inspected(model)
     bare = cost(model).total
     assert replace(found.total, energy=0.0, seconds=0.0, activation_bytes=0) == replace(bare, activation_bytes=0)
@@ -120,7 +121,7 @@ def test_totals_are_those_of_the_cost():
 
 
 def test_notes_tell_where_figures_come_from():
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     some = target(source="a data sheet", remark="it stands in for another")
     found = inspect(model, some, prediction(), threads=3)
     assert found.notes == (
@@ -132,7 +133,7 @@ def test_notes_tell_where_figures_come_from():
 
 
 def test_what_is_unknown_is_told_by_reason():
-    model = capture.from_proto(networks.control())
+    model = from_proto(networks.control())
     found = inspect(model, target(), Prediction(Estimate(1e-5, 0.1, ROOFLINE), {}))
     assert grouped(found.unknown) == {
         "local.Swish is a local function, passed through untouched": ["node_swish"],
@@ -154,16 +155,16 @@ def test_what_is_unknown_is_told_by_reason():
 )
 def test_sizes_that_cannot_be(name, batch, dims, words):
     with pytest.raises(BadInput) as found:
-        stated_batch(capture.from_proto(networks.NETWORKS[name]()), batch, dims)
+        stated_batch(from_proto(networks.NETWORKS[name]()), batch, dims)
     assert str(found.value) == words
 
 
 def test_sizes_that_can():
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     assert [stated_batch(model, batch, {}) for batch in (None, 1, 7)] == [1, 1, 7]
     assert stated_batch(model, None, {"N": 5}) == stated_batch(model, 5, {"N": 5}) == 5
-    assert stated_batch(capture.from_proto(networks.depthwise()), None, {}) == 1
-    assert stated_batch(capture.from_proto(networks.sound()), 2, {"T": 6}) == 2
+    assert stated_batch(from_proto(networks.depthwise()), None, {}) == 1
+    assert stated_batch(from_proto(networks.sound()), 2, {"T": 6}) == 2
 
 
 def thinner() -> Model:
@@ -173,11 +174,11 @@ def thinner() -> Model:
     nodes["node_conv3"].output[0], removed = nodes["node_relu7"].output[0], nodes["node_relu7"]
     proto.graph.node.remove(removed)
     nodes["node_conv1"].name = "node_stem"
-    return capture.from_proto(proto)
+    return from_proto(proto)
 
 
 def test_two_models_side_by_side():
-    names = {node.op_type + node.name for node in capture.from_proto(networks.plain()).graph}
+    names = {node.op_type + node.name for node in from_proto(networks.plain()).graph}
     assert "Relunode_relu7" in names
     a = inspected()
     b = inspect(thinner(), target(), prediction(node_conv1=None, node_conv2=5))
@@ -199,7 +200,7 @@ def test_two_models_side_by_side():
 
 
 def test_a_ratio_to_nothing_is_none():
-    bare = inspect(capture.from_proto(networks.plain()), target(), Prediction(Estimate(0.0, 0.0, ROOFLINE), {}))
+    bare = inspect(from_proto(networks.plain()), target(), Prediction(Estimate(0.0, 0.0, ROOFLINE), {}))
     assert compare(bare, bare).totals[0].ratio is None
     assert {row.share for row in bare.layers} == {None} and bare.added == ()
     assert printed(table(bare)) and printed(comparison_table(compare(bare, bare)))
@@ -295,7 +296,7 @@ def test_operators_are_named_where_there_is_room():
 def test_what_the_runtime_adds_is_one_row_a_kind():
     moved = {f"n{i} (ReorderInput)": Estimate(i * 1e-6, 0.1 * i, MEASURED) for i in (1, 3)}
     made_up = replace(prediction(), moved=moved | {"c (Cast)": Estimate(1e-6, 0.3, ROOFLINE)})
-    text = printed(table(inspect(capture.from_proto(networks.plain()), target(), made_up)))
+    text = printed(table(inspect(from_proto(networks.plain()), target(), made_up)))
     rows = {line.partition("by runtime")[0].strip(): line.split() for line in text.splitlines() if "by runtime" in line}
     assert set(rows) == {"+ 2 ReorderInput", "+ Cast"}
     assert rows["+ 2 ReorderInput"][5:7] == ["4us", "25%"]  # (1 x 0.1 + 3 x 0.3) / 4
@@ -311,13 +312,13 @@ def test_notes_of_one_reason_are_one():
     assert "note: by the roofline alone, as why: 9 b, 5 f, 4 e, 3 d and 2 more" in text
     assert "note: by the roofline alone, as because: 7 g" in text and "note: other" in text
     bare = Prediction(Estimate(1e-5, 0.5, ROOFLINE), {"node_fc": Estimate(1e-5, 0.5, ROOFLINE)}, notes=notes)
-    text = printed(table(inspect(capture.from_proto(networks.plain()), target(), bare)))
+    text = printed(table(inspect(from_proto(networks.plain()), target(), bare)))
     assert "note: all by the roofline alone: why; effc calibrate-target measures those of this machine" in text
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120, 200])
 def test_the_table_fits_the_console(width):
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     found = inspected(model)
     name, much = "a.very.long.path.of.modules." * 6 + "conv", Cost(*[123_456_789] * 4, 1.0)
     long = replace(found.layers[0], name=name, kernel=much)

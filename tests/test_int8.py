@@ -17,7 +17,8 @@ from onnx import helper, numpy_helper, version_converter
 
 import effc
 import effc.predict
-from effc import capture, edit
+from effc import edit
+from effc.capture import from_proto
 from effc.contract import Context, Proposal, Skipped
 from effc.cost import cost
 from effc.data import open_data
@@ -48,7 +49,7 @@ class Lowered:
         only: Callable[[str], bool] = lambda site: True,
     ) -> None:
         step = step or Int8()
-        self.proto, self.before = proto, capture.from_proto(proto)
+        self.proto, self.before = proto, from_proto(proto)
         data = None
         if calibrated:
             data = open_data({"source": lambda: iter(calibration(proto))}).for_model(self.before)
@@ -257,7 +258,7 @@ def test_convolutions_without_data_and_without_a_way_to_lift_them():
     y = net.node("BatchNormalization", net.relu(conv(net)), *statistics, name="bn", spatial=0)
     net.output(y, ["N", 16, 6, 6])
     proto = net.model()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     (found,) = Int8().propose(model, Context(model, WIDE, RUNTIME))
     assert isinstance(found, Skipped) and found.site == "node_layer"
     assert found.reason.startswith("int8 needs opset 13: opset 7 could not be lifted to 13: ")
@@ -325,7 +326,7 @@ def test_a_layer_that_stays_in_float_behind_codes_is_told_as_skipped():
         target_name=NARROW.name, measure=False,
     )  # fmt: skip
     entries = {e.node: e for e in result.history.passes[0].ledger}
-    assert {*entries} == {n.name for n in capture.from_proto(residual()).graph}
+    assert {*entries} == {n.name for n in from_proto(residual()).graph}
     assert (entries["node_a1"].status, entries["node_a1"].reason) == ("skipped", "keep_float names it")
     assert entries["node_a2"].status == "changed" and entries["node_a2"].setting == {"form": "static"}
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from effc import capture
+from effc.capture import from_proto
 from effc.layers import bias_array, bias_value, constant_weight, mean_inputs, mean_patch, output_axis, pads
 from tests.networks import Net, run
 
@@ -49,7 +49,7 @@ def test_products_with_the_mean_inputs_sum_up_to_the_mean_output(form, kernel, g
     net = convolution(form, kernel, group)
     proto = net.model()
     x = (net.rng.standard_normal((5, 6, *(11, 10)[: len(kernel)])) + 1).astype(np.float32)
-    node = capture.from_proto(proto).node("node_conv")
+    node = from_proto(proto).node("node_conv")
     weight = net.weights["conv.weight"]
     met = mean_inputs(node, x.mean(axis=0, dtype=np.float64), weight)
     assert met.shape == weight.shape
@@ -75,7 +75,7 @@ def test_each_tap_meets_the_mean_over_its_windows(attributes, around):
     """Window by window, over the padded input."""
     net = Net(f"patch {attributes}")
     net.output(net.conv(net.input("x", [1, 2, 8, 7]), 2, 1, 3, name="conv", **attributes))
-    node = capture.from_proto(net.model()).node("node_conv")
+    node = from_proto(net.model()).node("node_conv")
     mean = net.rng.standard_normal((2, 8, 7))
     assert tuple(pads(node, (8, 7), (3, 3))) == around
     top, left, bottom, right = around
@@ -106,7 +106,7 @@ def test_mean_inputs_of_dense_layers(op, attributes):
     net, name = dense(op, **attributes)
     x = (net.rng.standard_normal((9, 7)) + 1).astype(np.float32)
     proto = net.model()
-    node = capture.from_proto(proto).node(name)
+    node = from_proto(proto).node(name)
     weight = net.weights["w"]
     axis = output_axis(node, 2)
     assert axis == (0 if attributes else 1)
@@ -122,7 +122,7 @@ def test_a_bias_in_all_its_forms(shape, beta):
     rng = np.random.default_rng(0)
     bias = np.asarray(rng.standard_normal(shape), np.float32)
     net, name = dense("Gemm", bias, beta=beta)
-    model = capture.from_proto(net.model())
+    model = from_proto(net.model())
     found = bias_array(model, model.node(name), 5)
     x = np.zeros((1, 7), np.float32)
     assert found is not None
@@ -133,7 +133,7 @@ def test_a_bias_in_all_its_forms(shape, beta):
 @pytest.mark.parametrize("shape", [(5, 1), (2, 5), (4, 5)])
 def test_third_operands_that_are_no_bias(shape):
     net, name = dense("Gemm", np.zeros(shape))
-    model = capture.from_proto(net.model())
+    model = from_proto(net.model())
     with pytest.raises(ValueError, match=re.escape(f"its third operand of shape {shape} is no bias along 5 outputs")):
         bias_array(model, model.node(name), 5)
 
@@ -142,7 +142,7 @@ def test_a_bias_that_is_computed():
     net = Net("computed")
     x, c = net.input("x", ["N", 7]), net.input("c", [5])
     net.output(net.node("Gemm", x, net.weight("w", net.random(7, 5)), c, name="fc"))
-    model = capture.from_proto(net.model())
+    model = from_proto(net.model())
     node = model.node("node_fc")
     assert bias_value(node).name == "c"
     with pytest.raises(ValueError, match="its bias is no constant"):
@@ -151,16 +151,16 @@ def test_a_bias_that_is_computed():
 
 def test_layers_without_a_bias():
     for net, name in (dense("Gemm"), dense("MatMul"), (convolution("plain", (3, 3), 1, bias=False), "node_conv")):
-        model = capture.from_proto(net.model())
+        model = from_proto(net.model())
         assert bias_value(model.node(name)) is None and bias_array(model, model.node(name), 5) is None
 
 
 def test_weights_that_are_constants_and_those_that_are_not():
     net, name = dense("MatMul")
-    node = capture.from_proto(net.model()).node(name)
+    node = from_proto(net.model()).node(name)
     np.testing.assert_array_equal(constant_weight(node), net.weights["w"])
     net = Net("product")
     net.output(net.node("MatMul", net.input("x", ["N", 7]), net.input("y", [7, 5]), name="mm"))
     net.output(net.relu("x"))
-    model = capture.from_proto(net.model())
+    model = from_proto(net.model())
     assert constant_weight(model.node("node_mm")) is None and constant_weight(model.graph[1]) is None

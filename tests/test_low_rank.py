@@ -17,7 +17,8 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
-from effc import api, capture
+from effc import api
+from effc.capture import from_proto
 from effc.contract import Context, Skipped
 from effc.cost import cost
 from effc.errors import BadInput
@@ -428,7 +429,7 @@ def test_a_method_says_why_it_has_nothing_to_offer():
 
 
 def test_sizes_have_to_be_known():
-    model = capture.from_proto(networks.sound())
+    model = from_proto(networks.sound())
     for dims in ({}, {"T": 20}):
         context = Context(model, find("onnxruntime-avx2"), backend("onnxruntime"), dims=dims)
         found = [*LowRank(method="filters", min_gain=1).propose(model, context)]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import effc
-from effc import capture
+from effc.capture import from_proto
 from effc.contract import Context
 from effc.cost import Cost
 from effc.kernels import Kernel, columns
@@ -33,7 +33,7 @@ def lowered(net: Net, samples: int = 4) -> tuple[Model, Model]:
     data = [networks.feeds(proto, batch=1, seed=s) for s in range(samples)]
     options = {"target_name": NARROW.name, "measure": False, "force": True}
     result = effc.optimize(proto, "int8", calibrate={"source": lambda: iter(data)}, **options)
-    return capture.from_proto(proto), result.model
+    return from_proto(proto), result.model
 
 
 LAYERS = {
@@ -146,7 +146,7 @@ def test_kernels_on_the_way_are_described_as_those_that_run():
     found = effc.optimize(proto, "int8{keep_float=[node_layer]}", calibrate={"source": lambda: iter(data)},
                           target_name=NARROW.name, measure=False, force=True)  # fmt: skip
     runs = {k.key: k for k in RUNTIME.kernels(found.model)[0]}
-    for told in detour(kernel_of(capture.from_proto(proto), "node_layer")):
+    for told in detour(kernel_of(from_proto(proto), "node_layer")):
         assert columns(told.dims) == columns(runs[told.key].dims)
         assert {k: told.dims[k] for k in ("elements", "share", "window", "broadcast")} == {
             k: runs[told.key].dims[k] for k in ("elements", "share", "window", "broadcast")
@@ -169,6 +169,6 @@ def test_costs_by_hand():
 
 
 def test_the_context_has_no_seconds_for_what_was_not_measured():
-    context = Context(capture.from_proto(networks.plain()), NARROW, RUNTIME)
+    context = Context(from_proto(networks.plain()), NARROW, RUNTIME)
     assert integer(CONV).key not in context.target.kernels.get(1, {})
     assert np.isfinite(context.seconds([integer(CONV)]))  # by its roofline, which says nothing about this processor

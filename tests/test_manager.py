@@ -9,7 +9,8 @@ import pytest
 
 import effc.guard
 import effc.predict
-from effc import capture, edit
+from effc import edit
+from effc.capture import from_proto
 from effc.contract import Context, Pass, Proposal, Repeat, Skipped
 from effc.cost import Cost, cost
 from effc.data import open_data
@@ -52,7 +53,7 @@ def content(model: Model) -> bytes:
 
 @pytest.fixture
 def model() -> Model:
-    return capture.from_proto(networks.plain())
+    return from_proto(networks.plain())
 
 
 # Stages
@@ -214,7 +215,7 @@ def test_the_variant_that_is_measured_to_be_faster_is_taken(monkeypatch, ratios,
         return {name: latency(times[name] / times[reference]) for name in models}
 
     monkeypatch.setattr(effc.guard, "compare_many", race)
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     plain = emptied()
     fewer = (["node_class3"], ["node_class2"])
     step = Lossy(plain.change, proposals=plain.proposals[:4], fewer=fewer)
@@ -236,7 +237,7 @@ def test_a_stage_is_undone_as_a_whole(model, ratios):
 
 def test_what_loses_too_much_is_undone():
     """Emptying layer 5 costs 30 of 100 samples; one rewrite cannot be given up in part."""
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     step = Lossy(scaled("w5", 0.0))
     stage = run(model, step, evaluation=samples(), max_drop=10.0).stages[0]
     assert (stage.status, stage.cause) == (UNDONE, "accuracy")
@@ -255,7 +256,7 @@ def test_an_exact_pass_is_not_judged_by_accuracy(model):
 
 def paced(**budget: float) -> tuple[PassManager, Outcome]:
     """Six equal products that can be made quicker, in steps; damage rises from layer to layer and step to step."""
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     steps = manager(model)
     return steps, steps.run(model, [Paced(scaled("w0", 1.5), **budget)])
 
@@ -401,7 +402,7 @@ def evaluations(monkeypatch) -> list[tuple[int, str]]:
     ],
 )
 def test_the_search_gives_up_the_worst_rewrites_first(limit, kept):
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     damages = (0, *COUNTS[1:])
     stage = run(model, emptied(damages=damages), evaluation=samples(), max_drop=limit).stages[0]
     assert stage.status == KEPT
@@ -416,7 +417,7 @@ def test_the_search_gives_up_the_worst_rewrites_first(limit, kept):
 
 
 def test_a_pass_may_bring_a_stricter_limit_of_its_own():
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     damages = (0, *COUNTS[1:])
     for own, general in ((7.0, 50.0), (50.0, 7.0), (7.0, None)):
         stage = run(model, emptied(own, damages), evaluation=samples(), max_drop=general).stages[0]
@@ -424,13 +425,13 @@ def test_a_pass_may_bring_a_stricter_limit_of_its_own():
 
 
 def test_a_limit_of_a_pass_needs_evaluation_data():
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     with pytest.raises(BadInput, match="max_drop needs evaluation data: give --evaluate SPEC"):
         run(model, emptied(1.0))
 
 
 def test_the_search_stays_on_its_samples_and_asks_for_precise_damage_once(evaluations):
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     step = emptied(damages=(0, *COUNTS[1:]))
     steps = manager(model, evaluation=samples(), max_drop=7.0)
     stage = steps.run(model, [step]).stages[0]
@@ -447,7 +448,7 @@ def test_the_search_stays_on_its_samples_and_asks_for_precise_damage_once(evalua
 
 
 def test_after_the_search_the_ledger_still_says_what_the_pass_left_alone():
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     step = emptied(damages=(0, *COUNTS[1:]))
     step = Lossy(step.change, proposals=(*step.proposals, Skipped("node_sum1", "it adds")))
     record = run(model, step, evaluation=samples(), max_drop=7.0).stages[0].passes[0]
@@ -459,7 +460,7 @@ def test_after_the_search_the_ledger_still_says_what_the_pass_left_alone():
 
 def test_what_fails_on_all_samples_is_followed_by_fewer_rewrites():
     """Only odd samples are of classes 3 to 5: on the even ones their layers may go."""
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     order = [label for pair in range(50) for label in (pair % 3, 3 + pair % 3)]
     damages = [0.0, 0.1, 0.2, 0.01, 0.02, 0.03]  # told to be cheap: 0, 3, 4, 5, 1, 2 is the order
     stage = run(model, emptied(damages=damages), evaluation=samples(order), max_drop=20.0).stages[0]
@@ -471,7 +472,7 @@ def test_what_fails_on_all_samples_is_followed_by_fewer_rewrites():
 
 
 def test_when_nothing_holds_the_limit_all_is_undone():
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     order = [label for pair in range(50) for label in (pair % 3, 3 + pair % 3)]
     damages = [0.5, 0.1, 0.2, 0.01, 0.02, 0.03]  # 3 first, which costs 17 points, unseen on even samples
     outcome = run(model, emptied(damages=damages), evaluation=samples(order), max_drop=5.0)
@@ -488,7 +489,7 @@ def test_when_nothing_holds_the_limit_all_is_undone():
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_the_ledger_has_each_node_once_with_a_reason_or_an_heir(name):
-    model = capture.from_proto(networks.NETWORKS[name]())
+    model = from_proto(networks.NETWORKS[name]())
     outcome = run(model, Simplify(), FoldBatchNorm())
     before = model
     for stage in outcome.stages:
@@ -518,7 +519,7 @@ def test_what_was_skipped_says_the_words_of_the_pass(model):
 
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_the_node_map_leads_from_the_original_to_the_result(name):
-    model = capture.from_proto(networks.NETWORKS[name]())
+    model = from_proto(networks.NETWORKS[name]())
     outcome = run(model, Simplify(), FoldBatchNorm())
     assert set(outcome.node_map) == {node.name for node in model.graph}
     there = {node.name for node in outcome.model.graph}
@@ -556,13 +557,13 @@ def through_json(outcome: Outcome, model: Model) -> list:
 
 def test_the_same_input_gives_the_same_bytes():
     for make in (networks.transformer, networks.residual):
-        model = capture.from_proto(make())
+        model = from_proto(make())
         results = [content(run(model, Simplify(), FoldBatchNorm()).model) for _ in range(2)]
         assert results[0] == results[1] != content(model)
 
 
 def test_a_replay_makes_the_same_choices_without_judging(ratios, evaluations):
-    model = capture.from_proto(classifier())
+    model = from_proto(classifier())
     ratios[:] = [2.0, 2.0, 0.9]  # the first pass is undone
     steps = [Lossy(scaled("w0", 2.0)), emptied(damages=(0, *COUNTS[1:]))]
     first = run(model, *steps, evaluation=samples(), max_drop=7.0, measure=True)
@@ -587,7 +588,7 @@ def test_a_replay_of_another_recipe_is_refused(model):
 
 
 def test_in_float16_an_exact_pass_may_round_as_float16_does():
-    model = capture.from_proto(networks.half())
+    model = from_proto(networks.half())
     folded = run(model, FoldBatchNorm()).stages[0].passes[0]
     assert folded.status == KEPT
     assert FoldBatchNorm.tolerance < folded.drift <= 4 * 2**-10

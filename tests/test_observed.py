@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from effc import capture, edit
+from effc import edit
+from effc.capture import from_proto
 from effc.contract import Context
 from effc.data import open_data
 from effc.model import Model
@@ -33,7 +34,7 @@ def walk(model: Model, proto: onnx.ModelProto, **options: Any) -> Walk:
 
 
 def site_of(proto: onnx.ModelProto, name: str) -> tuple[Model, Site]:
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     site = find(model, model.node(f"node_{name}"), model.shapes(2))
     assert isinstance(site, Site), site
     return model, site
@@ -155,7 +156,7 @@ def test_samples_are_bounded(limits: dict[str, int], count: int, monkeypatch: py
 
 def context(proto: onnx.ModelProto, seed: int = 0) -> Context:
     data = open_data({"source": lambda: iter(batches(proto))})
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     return Context(model, find_target("onnxruntime-avx2"), RUNTIME, calibration=data, seed=seed)
 
 
@@ -201,7 +202,7 @@ def test_moments_are_remembered_within_bounds(monkeypatch: pytest.MonkeyPatch) -
 
 
 def edited(proto: onnx.ModelProto, weight: str) -> onnx.ModelProto:
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     value = model.value(weight)
     edit.set_initializer(model, value, (value.const_value.numpy() * np.float32(0.7) + np.float32(0.05)))
     return model.proto()
@@ -211,7 +212,7 @@ def test_inputs_and_shortcuts_come_from_one_model_and_what_is_wanted_from_anothe
     original = networks.residual()
     drifted = edited(original, "stem.weight")
     model, site = site_of(drifted, "b1_conv2")
-    seen = observe(site, walk(model, drifted), walk(capture.from_proto(original), original))
+    seen = observe(site, walk(model, drifted), walk(from_proto(original), original))
     assert site.added == "relu2" and (seen.low, seen.high) == (0, np.inf)
     close(seen.wanted, rows(original, site, "b1_add"))
     assert seen.added is not None

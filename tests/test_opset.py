@@ -3,7 +3,7 @@
 import onnx
 import pytest
 
-from effc import capture
+from effc.capture import from_proto
 from effc.errors import PassFailed
 from effc.opset import ir_version_of, lift_opset
 from tests import networks
@@ -14,7 +14,7 @@ from tests.test_edit import check, state, unchanged
 @pytest.mark.parametrize("target", [13, 17, 21])
 def test_lifting_the_opset_keeps_names_and_outputs(target):
     proto = networks.old()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     names = [n.name for n in model.graph]
     weights = set(model.graph.initializers)
     lift_opset(model, target)
@@ -28,7 +28,7 @@ def test_lifting_the_opset_keeps_names_and_outputs(target):
 @pytest.mark.parametrize("name", sorted(set(NETWORKS) - {"control"}))
 def test_lifting_every_network(name):
     proto = NETWORKS[name]()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     lift_opset(model, 21)
     inputs = feeds(proto)
     assert distance(run(proto, inputs), run(check(model), inputs)) <= 1e-6
@@ -36,14 +36,14 @@ def test_lifting_every_network(name):
 
 def test_lifting_keeps_functions_and_branches():
     proto = networks.control()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     lift_opset(model, 21)
     inputs = feeds(proto)
     assert distance(run(proto, inputs), run(check(model), inputs)) <= 1e-6
 
 
 def test_lifting_never_lowers():
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     before = state(model)
     lift_opset(model, 13)
     assert unchanged(model, *before)
@@ -54,14 +54,14 @@ def test_lifting_keeps_large_weights_as_they_are():
     net = networks.Net("large", opset=11)
     x = net.input("x", ["N", 64])
     net.output(net.linear(x, 64, 64, name="fc"), ["N", 64])
-    model = capture.from_proto(net.model())
+    model = from_proto(net.model())
     tensor = model.value("fc.weight").const_value
     lift_opset(model, 17)
     assert model.value("fc.weight").const_value is tensor
 
 
 def test_a_lift_that_onnx_refuses_changes_nothing(monkeypatch):
-    model = capture.from_proto(networks.old())
+    model = from_proto(networks.old())
     before = state(model)
 
     def refuse(proto, version):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from onnx import helper, numpy_helper
 
-from effc import capture
+from effc.capture import from_proto
 from effc.placement import clip_bounds, is_absorbed, plan
 from effc.target import IntegerKernels, find
 from tests.networks import Net
@@ -20,7 +20,7 @@ class Drawn:
     def __init__(self, net: Net, *weighted: str, kernels: IntegerKernels = KERNELS) -> None:
         proto = net.model()
         proto.opset_import.append(helper.make_opsetid("com.example", 1))
-        model = capture.from_proto(proto)
+        model = from_proto(proto)
         found = plan(model, [f"node_{name}" for name in weighted], kernels)
         self.coded: dict[str, str] = {v.name or "": s.name or "" for v, s in found.coded.items()}
         self.integer = {n.name.removeprefix("node_") for n in found.integer}
@@ -202,12 +202,12 @@ def test_bounds_of_clips():
     net, x = start("bounds", opset=9)
     net.output(net.node("Clip", x, name="both", min=0.0, max=6.0), ["N", 4, 8, 8])
     net.output(net.node("Clip", x, name="none"), ["N", 4, 8, 8])
-    model = capture.from_proto(net.model())
+    model = from_proto(net.model())
     assert [clip_bounds(n) for n in model.graph] == [(0.0, 6.0), (None, None)]
     assert [is_absorbed(n) for n in model.graph] == [True, False]
     net, x = start("computed bounds")
     net.output(net.node("Clip", x, net.input("low", []), net.weight("high", np.float32(1)), name="clip"))
-    model = capture.from_proto(net.model())
+    model = from_proto(net.model())
     assert clip_bounds(model.graph[0]) == (None, 1.0) and not is_absorbed(model.graph[0])
 
 

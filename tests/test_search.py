@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from effc import capture
+from effc.capture import from_proto
 from effc.contract import Proposal
 from effc.cost import Cost
 from effc.guard import Guard
@@ -48,7 +48,7 @@ class Told:
         return self.made[id(after)] in self.slow
 
     def make(self, chosen: list[Proposal]) -> Attempt:
-        model = capture.from_proto(networks.mlp())
+        model = from_proto(networks.mlp())
         self.made[id(model)] = frozenset(p.setting["rank"] for p in chosen)
         done = {p.site for p in chosen}
         ledger = [

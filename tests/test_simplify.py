@@ -5,7 +5,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper, parser
 
-from effc import capture
+from effc.capture import from_proto
 from effc.contract import Proposal, Skipped
 from effc.model import Model
 from effc.passes.simplify import Simplify, simplify
@@ -15,7 +15,7 @@ from tests.networks import NETWORKS, Net, distance, feeds, run
 
 def simplified(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The model after the pass, checked, and equal to the model before it."""
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     simplify(model)
     result = model.proto()
     onnx.checker.check_model(result, full_check=True)
@@ -42,7 +42,7 @@ def weights(proto: onnx.ModelProto) -> dict[str, list]:
 def test_every_network_keeps_its_meaning_and_names(name):
     proto = NETWORKS[name]()
     result = simplified(proto)
-    before = {node.name for node in capture.from_proto(proto).graph}
+    before = {node.name for node in from_proto(proto).graph}
     assert {node.name for node in result.graph.node} <= before
     assert len(simplified(result).graph.node) == len(result.graph.node)
 
@@ -119,7 +119,7 @@ def test_recorded_shapes_prove_nothing():
             y = Relu (b)
         }""")
     proto.graph.value_info.append(helper.make_tensor_value_info("a", onnx.TensorProto.FLOAT, [1, 4]))
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     simplify(model)
     assert [n.op_type for n in model.graph] == ["Relu", "Reshape", "Relu"]
 
@@ -200,7 +200,7 @@ def test_repeated_nodes_become_one_but_not_random_ones():
             r3 = RandomUniform <shape = [2, 3]> ()
             y = Sum (s, r1, r2, r3)
         }""")
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     simplify(model)
     kinds = [n.op_type for n in model.graph]
     assert kinds.count("Sigmoid") == 1 and kinds.count("Elu") == 2
@@ -233,7 +233,7 @@ def test_constants_are_not_computed_where_the_file_would_grow():
     proto = net.model()
     result = simplified(proto)
     assert ops(result) == [op for op in ops(proto) if op != "Transpose"]
-    assert result.ByteSize() <= capture.from_proto(proto).proto().ByteSize()
+    assert result.ByteSize() <= from_proto(proto).proto().ByteSize()
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_quantised_weights_stay_encoded():
 
 
 def test_branches_and_functions_are_left_alone_and_said_so():
-    model = capture.from_proto(networks.control())
+    model = from_proto(networks.control())
     found = list(Simplify().propose(model, None))
     assert Skipped("node_choice", "If holds a sub-graph, which is passed through untouched") in found
     assert any(isinstance(f, Skipped) and "local function" in f.reason for f in found)
@@ -309,7 +309,7 @@ def test_a_value_captured_by_a_branch_may_be_folded_outside():
                 else_branch = e () => (float[2] q) { q = Identity (i) }
             >
         }""")
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     simplify(model)
     result = model.proto()
     onnx.checker.check_model(result, full_check=True)
@@ -320,18 +320,18 @@ def test_a_value_captured_by_a_branch_may_be_folded_outside():
 
 
 def test_nothing_to_do_is_said():
-    (found,) = Simplify().propose(capture.from_proto(networks.mlp()), None)
+    (found,) = Simplify().propose(from_proto(networks.mlp()), None)
     assert found == Skipped("graph", "no node is constant, repeated, unread, or of a kind that may do nothing")
 
 
 def test_proposal_foresees_the_nodes():
-    (found,) = Simplify().propose(capture.from_proto(networks.two_outputs()), None)
+    (found,) = Simplify().propose(from_proto(networks.two_outputs()), None)
     assert isinstance(found, Proposal)
     assert set(found.nodes) == {"node_same", "node_t1", "node_t2"}
 
 
 def test_rewriting_nothing_leaves_the_revision():
-    model = capture.from_proto(networks.mlp())
+    model = from_proto(networks.mlp())
     revision = model.revision
     simplify(model)
     assert model.revision == revision
@@ -346,7 +346,7 @@ def test_every_node_is_edited_at_most_once(monkeypatch):
         for _ in range(size):
             x = net.node("Identity", net.node("Relu", x))
         net.output(x, ["N", 2])
-        model = capture.from_proto(net.model())
+        model = from_proto(net.model())
         touched = []
         monkeypatch.setattr(model, "touch", lambda touched=touched, model=model: touched.append(Model.touch(model)))
         simplify(model)

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 
-from effc import capture
+from effc.capture import from_proto
 from effc.model import Model
 from effc.passes._sites import Site, find, layers
 from tests import networks
@@ -15,7 +15,7 @@ from tests.networks import Net
 
 
 def found(proto: onnx.ModelProto, name: str) -> tuple[Model, Site | str]:
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     return model, find(model, model.node(f"node_{name}"), model.shapes(2))
 
 
@@ -241,7 +241,7 @@ def test_layers_that_are_no_sites_say_why(proto: onnx.ModelProto, name: str, why
 
 
 def test_layers_are_the_weighted_nodes_in_order() -> None:
-    model = capture.from_proto(networks.mlp())
+    model = from_proto(networks.mlp())
     assert [node.name for node in layers(model)] == ["node_fc1", "node_fc2", "node_fc3", "node_fc4"]
 
 

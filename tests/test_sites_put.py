@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from effc import capture, edit
+from effc import edit
+from effc.capture import from_proto
 from effc.layers import constant_weight
 from effc.model import Model
 from effc.passes._decoupled import Decoupled
@@ -21,7 +22,7 @@ CLOSE = 1e-5  # of float32 sums in another order, relative to the largest output
 
 
 def site_of(proto: onnx.ModelProto, name: str) -> tuple[Model, Site]:
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     site = find(model, model.node(f"node_{name}"), model.shapes(2))
     assert isinstance(site, Site), site
     return model, site
@@ -88,7 +89,7 @@ DENSE = {
 def put_in(proto: onnx.ModelProto, kind: str) -> Model:
     model, site = site_of(proto, "layer")
     put(model, site, exact(kind, site.layer), None)
-    return capture.from_proto(model.proto())  # checked
+    return from_proto(model.proto())  # checked
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
@@ -171,7 +172,7 @@ def test_what_is_added_behind_a_matmul_takes_the_bias(shared: bool, shape: tuple
     weights = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
     made = feeds(proto)["input"] @ weights["w"] + bias
     made = made * weights["b"] if shared else made
-    found = next(iter(run(capture.from_proto(model.proto()).proto(), feeds(proto)).values()))
+    found = next(iter(run(from_proto(model.proto()).proto(), feeds(proto)).values()))
     np.testing.assert_allclose(found, made if end else np.maximum(made, 0), rtol=1e-5, atol=1e-5)
     assert model.constant(model.node("node_add").inputs[0]).shape == shape
     assert [node.op_type for node in model.nodes("MatMul", "Gemm", "Add")] == ["MatMul", "MatMul", "Add"]
@@ -200,13 +201,13 @@ def test_an_output_that_is_read_inside_as_well_is_the_chains_in_both_places() ->
 @pytest.mark.parametrize("network", ["plain", "residual", "branches", "mlp", "transformer", "sound"])
 def test_all_layers_of_a_network_at_once(network: str) -> None:
     proto = networks.NETWORKS[network]()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     nodes, shapes = list(model.nodes("Conv", "Gemm", "MatMul")), model.shapes(2)
     sites = [site for node in nodes if isinstance(site := find(model, node, shapes), Site)]
     for site in sites:
         put(model, site, exact("filters", site.layer), None)
     assert len(sites) >= 3 and len(list(model.graph)) == len(proto.graph.node) + len(sites)
-    assert distance(run(proto), run(capture.from_proto(model.proto()).proto(), feeds(proto))) <= CLOSE
+    assert distance(run(proto), run(from_proto(model.proto()).proto(), feeds(proto))) <= CLOSE
 
 
 @pytest.mark.parametrize("name", [*CONVOLUTIONS, *DENSE])

@@ -8,7 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from effc import capture, edit, statistics
+from effc import edit, statistics
+from effc.capture import from_proto
 from effc.contract import Context
 from effc.data import open_data
 from effc.errors import BadInput
@@ -148,7 +149,7 @@ def samples(proto: onnx.ModelProto, count: int) -> dict[str, np.ndarray]:
 
 def context_of(proto: onnx.ModelProto, count: int = 10) -> tuple[Model, Context, dict[str, np.ndarray], Counting]:
     arrays = samples(proto, count)
-    model, runtime = capture.from_proto(proto), Counting()
+    model, runtime = from_proto(proto), Counting()
     data = open_data({"source": lambda: iter([arrays])}).for_model(model)
     return model, Context(model, find("onnxruntime-avx2"), runtime, calibration=data), arrays, runtime
 
@@ -266,9 +267,9 @@ def test_without_data_or_for_a_tensor_that_is_not_there():
 
 
 def test_batches_shrink_as_activations_grow(monkeypatch):
-    model = capture.from_proto(networks.plain())
+    model = from_proto(networks.plain())
     assert batch_size(model, ["conv1"]) == 32
-    assert batch_size(capture.from_proto(fixed(4)), ["conv"]) == 4
+    assert batch_size(from_proto(fixed(4)), ["conv"]) == 4
     monkeypatch.setattr(statistics, "BATCH_BYTES", 4 * 8 * 12 * 12 * 5)
     assert batch_size(model, ["conv1"]) == 5
     assert batch_size(model, ["conv1", "bn1"]) == 2

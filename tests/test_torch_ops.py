@@ -10,11 +10,11 @@ import pytest
 from onnx import helper, numpy_helper
 
 from effc import capture
-from effc.registry import trainer
+from effc.backends.torch import Torch
 from tests.networks import distance, run
 
 pytest.importorskip("torch")
-
+TORCH = Torch()
 RNG = np.random.default_rng(0)
 
 
@@ -56,7 +56,7 @@ def single(
 
 
 def agree(proto: onnx.ModelProto, feeds: dict[str, np.ndarray], tolerance: float = 2e-6) -> None:
-    found = trainer().session(trainer().view(capture.from_proto(proto))).run(feeds)
+    found = TORCH.session(TORCH.view(capture.from_proto(proto))).run(feeds)
     assert distance(run(proto, feeds), found) <= tolerance
 
 

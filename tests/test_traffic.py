@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from effc import capture
+from effc.capture import from_proto, load
 from effc.shapes import proven
 from effc.traffic import Moved, element_type, element_types, tensor_bytes, traffic
 from tests import networks
@@ -18,18 +18,18 @@ LIGHT = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
 
 
 def moved(net: Net, fused: dict[str, str] | None = None) -> dict[str, Moved]:
-    return dict(traffic(capture.from_proto(net.model()), fused=fused))
+    return dict(traffic(from_proto(net.model()), fused=fused))
 
 
 @pytest.mark.parametrize("name", [*networks.NETWORKS])
 def test_types_are_those_of_onnx_inference(name):
-    model = capture.from_proto(networks.NETWORKS[name]())
+    model = from_proto(networks.NETWORKS[name]())
     assert element_types(model) == {n: fact.dtype for n, fact in proven(model).items() if fact.dtype is not None}
 
 
 @pytest.mark.parametrize("path", [LIGHT / "light_shufflenet.onnx", LIGHT / "light_densenet121.onnx"])
 def test_types_of_public_networks(path):
-    model = capture.load(path)
+    model = load(path)
     assert element_types(model) == {n: fact.dtype for n, fact in proven(model).items() if fact.dtype is not None}
 
 
@@ -57,7 +57,7 @@ def test_types_by_schema():
     best = net.node("TopK", x, net.weight("k", np.array([1], np.int64)), outputs=2, name="top")
     for name, dtype in (("shape", np.int64), ("less", bool)):
         net.output(made[name][0], None, dtype)
-    model = capture.from_proto(net.model())
+    model = from_proto(net.model())
     types = element_types(model)
     assert {key: types[tensor] for key, (tensor, _) in made.items()} == {key: t for key, (_, t) in made.items()}
     assert (types[best], types["top_1"]) == (ir.DataType.FLOAT, ir.DataType.INT64)
@@ -77,7 +77,7 @@ def test_bytes_of_narrow_types_are_rounded_up():
     x = net.input("x", [3, 5])
     q = net.node("QuantizeLinear", x, net.weight("s", np.float32(1)), output_dtype=TensorProto.INT4, name="q")
     net.output(net.node("DequantizeLinear", q, "s"), [3, 5])
-    sizes = tensor_bytes(capture.from_proto(net.model()))
+    sizes = tensor_bytes(from_proto(net.model()))
     assert (sizes["x"], sizes["q"], sizes["s"]) == (60, 8, 4)
 
 
@@ -207,13 +207,13 @@ def test_a_tensor_that_a_node_reads_twice_moves_once():
 
 
 def test_what_has_no_size_is_counted_as_missing():
-    found = traffic(capture.from_proto(networks.sound()))
+    found = traffic(from_proto(networks.sound()))
     assert found["node_conv1"].missing == 2 and found["node_conv1"].activations == 0
     assert found["node_conv1"].weights == 4 * 8 * 2 * 5
 
 
 def test_what_is_not_analysed_moves_nothing():
-    found = traffic(capture.from_proto(networks.control()))
+    found = traffic(from_proto(networks.control()))
     assert found["node_choice"] == found["node_swish"] == Moved()
 
 
@@ -224,5 +224,5 @@ def test_external_and_unknown_operators_do_not_stop_it():
     net.output(net.node("Relu", "thing", name="act"), [2, 4])
     proto = net.model()
     proto.opset_import.append(helper.make_opsetid("somewhere", 1))
-    found = traffic(capture.from_proto(proto))
+    found = traffic(from_proto(proto))
     assert found["node_thing"] == Moved() and found["node_act"].missing == 1

@@ -9,7 +9,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from effc import capture, edit
+from effc import edit
+from effc.capture import from_proto
 from effc.contract import Context
 from effc.data import open_data
 from effc.errors import BadInput, InvalidModel, PassFailed
@@ -54,7 +55,7 @@ def chain() -> onnx.ModelProto:
 @pytest.fixture
 def context() -> Context:
     samples = np.concatenate([feeds(chain(), seed=s)["input"] for s in range(4)])
-    model = capture.from_proto(chain())
+    model = from_proto(chain())
     data = open_data({"source": lambda: iter([{"input": samples}])}).for_model(model)
     return Context(model, find("onnxruntime-avx2"), backend("onnxruntime"), calibration=data)
 
@@ -97,7 +98,7 @@ def test_statistics_run_no_further_than_they_need(context):
 
 
 def test_cutting_leaves_inputs_and_drops_the_rest():
-    model = capture.from_proto(chain())
+    model = from_proto(chain())
     revision, part = model.revision, edit.cut(model, ["relu1"])
     assert [n.op_type for n in part.graph] == ["Conv", "Relu"]
     assert set(part.graph.initializers) == {"conv1.weight", "conv1.bias"}
@@ -108,25 +109,25 @@ def test_cutting_leaves_inputs_and_drops_the_rest():
 
 
 def test_a_weight_of_another_size_voids_the_shapes_recorded_behind_it():
-    model = capture.from_proto(chain())
+    model = from_proto(chain())
     assert recorded(model)["conv1"] == ("N", 8, 8, 8)
     prune(model, 6)
     assert recorded(model)["conv1"] is None and recorded(model)["relu1"] is None
     assert recorded(model)["fc"] == ("N", 5)  # a promise to the caller
-    verify(model, capture.from_proto(chain()))
+    verify(model, from_proto(chain()))
     assert model.shapes()["relu1"] == ("N", 6, 8, 8)
     run(model.proto(), feeds(chain()))
 
 
 def test_a_weight_of_the_same_size_leaves_them():
-    model = capture.from_proto(chain())
+    model = from_proto(chain())
     weight = model.value("conv1.weight")
     edit.set_initializer(model, weight, 2 * model.constant(weight))
     assert recorded(model)["conv1"] == ("N", 8, 8, 8)
 
 
 def test_stale_shapes_of_a_pass_are_refused_and_those_of_a_file_are_not():
-    model, before = capture.from_proto(chain()), capture.from_proto(chain())
+    model, before = from_proto(chain()), from_proto(chain())
     edit.set_attributes(model, model.node("node_conv1"), strides=[2, 2])
     with pytest.raises(InvalidModel, match=r"'conv1' is recorded as \('N', 8, 8, 8\) and is \('N', 8, 4, 4\)"):
         verify(model, before)
@@ -156,7 +157,7 @@ def exits(model: Model) -> ir.Node:
 
 
 def test_nodes_become_the_branch_that_runs_only_when_needed():
-    model, before = capture.from_proto(chain()), capture.from_proto(chain())
+    model, before = from_proto(chain()), from_proto(chain())
     choice = exits(model)
     edit.remove_unused(model)
     verify(model, before)
@@ -171,7 +172,7 @@ def test_nodes_become_the_branch_that_runs_only_when_needed():
 
 
 def test_exits_nest_from_the_last_to_the_first():
-    model, before = capture.from_proto(chain()), capture.from_proto(chain())
+    model, before = from_proto(chain()), from_proto(chain())
     inner = exits(model)
     go, early = inner.inputs[0], model.node("exit_MatMul").outputs[0]
     outer = edit.make_conditional(model, [inner], go, {inner.outputs[0]: early}, name="outer")
@@ -183,7 +184,7 @@ def test_exits_nest_from_the_last_to_the_first():
 
 
 def test_what_is_still_read_needs_something_in_its_place():
-    model = capture.from_proto(chain())
+    model = from_proto(chain())
     revision, before = model.revision, model.proto().SerializeToString()
     with pytest.raises(PassFailed, match="'conv2' is still read, and nothing stands for it where the condition holds"):
         edit.make_conditional(model, [model.node("node_conv2")], model.value("input"), {}, name="exit")
@@ -192,7 +193,7 @@ def test_what_is_still_read_needs_something_in_its_place():
 
 @pytest.mark.parametrize("late", ["fc", "nowhere"])
 def test_a_branch_reads_only_what_was_made_before_its_node(late):
-    model = capture.from_proto(chain())
+    model = from_proto(chain())
     body = exits(model).attributes["else_branch"].as_graph()
     value = model.graph.outputs[0] if late == "fc" else ir.Value(name="nowhere")
     body[0].replace_input_with(0, value)

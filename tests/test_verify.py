@@ -5,7 +5,8 @@ import onnx_ir as ir
 import pytest
 from onnx import parser
 
-from effc import capture, edit
+from effc import edit
+from effc.capture import from_proto
 from effc.errors import InvalidModel
 from effc.model import Model
 from effc.registry import backend
@@ -16,7 +17,7 @@ from tests.networks import NETWORKS, feeds
 
 @pytest.fixture
 def model() -> Model:
-    return capture.from_proto(
+    return from_proto(
         parser.parse_model("""<ir_version: 8, opset_import: ["": 17]>
         g (float[N, 2] x) => (float[N, 2] y) <float[2] w = {1.0, 2.0}> {
             [relu] a = Relu (x)
@@ -34,7 +35,7 @@ def complaint(model: Model, before: Model | None = None) -> str:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_networks_are_valid(name):
-    model = capture.from_proto(NETWORKS[name]())
+    model = from_proto(NETWORKS[name]())
     verify(model, model.clone())
 
 
@@ -138,7 +139,7 @@ def test_difference_is_the_worst_over_outputs_and_does_not_wrap_around():
 
 def test_equivalent_holds_to_its_tolerance():
     runtime, inputs = backend("onnxruntime"), feeds(networks.mlp())
-    a = capture.from_proto(networks.mlp())
+    a = from_proto(networks.mlp())
     b = a.clone()
     assert drift(a, b, inputs, runtime) == 0
     bias = b.value("fc4.bias")
@@ -151,7 +152,7 @@ def test_equivalent_holds_to_its_tolerance():
 
 
 def test_a_sub_graph_reads_only_what_is_there():
-    model = capture.from_proto(networks.control())
+    model = from_proto(networks.control())
     inner = next(iter(model.node("node_choice").attributes["then_branch"].as_graph()))
     assert inner.op_type == "Add"  # of a tensor of the main graph and a weight there
     inner.replace_input_with(1, ir.Value(name="ghost"))
@@ -159,5 +160,5 @@ def test_a_sub_graph_reads_only_what_is_there():
 
 
 def test_what_rounding_alone_may_move_is_that_of_the_coarsest_weight():
-    assert rounding(capture.from_proto(networks.plain())) == 0
-    assert rounding(capture.from_proto(networks.half())) == 4 * 2**-10
+    assert rounding(from_proto(networks.plain())) == 0
+    assert rounding(from_proto(networks.half())) == 4 * 2**-10

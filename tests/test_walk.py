@@ -6,7 +6,8 @@ import numpy as np
 import onnx
 import pytest
 
-from effc import capture, edit, walk
+from effc import edit, walk
+from effc.capture import from_proto
 from effc.data import open_data
 from effc.errors import BadInput
 from effc.model import Model
@@ -25,7 +26,7 @@ def two_batches(proto: onnx.ModelProto) -> list[dict[str, np.ndarray]]:
 
 
 def start(proto: onnx.ModelProto, **options: Any) -> tuple[Model, Walk, list[dict[str, np.ndarray]]]:
-    model, batches = capture.from_proto(proto), two_batches(proto)
+    model, batches = from_proto(proto), two_batches(proto)
     return model, Walk(model, RUNTIME, batches, **options), batches
 
 
@@ -76,7 +77,7 @@ class Noting:
 
 def test_all_steps_together_run_each_node_once() -> None:
     proto, noting = networks.residual(), Noting()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     on_way = Walk(model, cast(Backend, noting), two_batches(proto))
     for name in ("b1_conv1", "relu2", "b1_add", "b2_conv2", "b2_bn3", "fc"):
         on_way.to(name)
@@ -85,7 +86,7 @@ def test_all_steps_together_run_each_node_once() -> None:
 
 def test_what_no_node_will_read_is_let_go_and_made_again_when_asked_for() -> None:
     proto, noting = networks.plain(), Noting()
-    model, batches = capture.from_proto(proto), two_batches(proto)
+    model, batches = from_proto(proto), two_batches(proto)
     on_way = Walk(model, cast(Backend, noting), batches)
     on_way.to("conv2")
     once = len(noting.loaded)
@@ -218,13 +219,13 @@ def test_nan_on_the_way_is_refused() -> None:
     batch = feeds(proto)
     batch["input"][1, 2, 3, 4] = np.nan
     with pytest.raises(BadInput, match="the calibration data drive 'relu2' to NaN or infinity"):
-        Walk(capture.from_proto(proto), RUNTIME, [feeds(proto), batch]).to("relu2")
+        Walk(from_proto(proto), RUNTIME, [feeds(proto), batch]).to("relu2")
 
 
 def counts(proto: onnx.ModelProto, stored: int, most: int) -> list[int]:
     """Samples in each batch, which must be the first ones of the data in their order."""
     array = feeds(proto, 1)["input"][:1] * np.arange(1, stored + 1, dtype=np.float32)[:, None, None, None]
-    found = samples(capture.from_proto(proto), open_data({"source": lambda: iter([{"input": array}])}), most)
+    found = samples(from_proto(proto), open_data({"source": lambda: iter([{"input": array}])}), most)
     whole = np.concatenate([batch["input"] for batch in found])
     np.testing.assert_array_equal(whole[:stored], array[: len(whole)])
     np.testing.assert_array_equal(whole[stored:], np.repeat(array[-1:], max(len(whole) - stored, 0), axis=0))
