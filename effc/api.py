@@ -51,7 +51,7 @@ def optimize(
     calibrate: Spec | None = None,
     evaluate: Spec | None = None,
     train: Spec | None = None,
-    teachers: Sequence[Model | onnx.ModelProto | str | os.PathLike] = (),
+    teachers: Sequence[Any] = (),
     max_drop: float | None = None,
     min_speedup: float | None = None,
     max_size: float | None = None,
@@ -77,7 +77,7 @@ def optimize(
         calibrate: data to look at activations with.
         evaluate: data to judge accuracy on.
         train: data for passes that train, such as `recover`.
-        teachers: what these learn from; by default the original.
+        teachers: what these learn from, each as `model`; by default the original.
         max_drop: points of the metric that may be lost; with labelled evaluation data 1 unless given.
         min_speedup: required speed of the result over the original, as measured.
         max_size: required size of the result, as a share of the original's.
@@ -124,7 +124,7 @@ def optimize(
         backend=backend,
         calibration=calibration,
         training=training,
-        teachers=tuple(as_model(teacher) for teacher in teachers),
+        teachers=tuple(capture(teacher) for teacher in teachers),
         goal=goal,
         batch=batch,
         dims=dims or {},
@@ -238,7 +238,8 @@ def _finish(
         if judge and history.latency.slower and guard.goal == "latency" and not guard.force:
             # Each stage may lose up to the noise; together they must not, unless one is there for something else.
             reason = f"the whole is slower than the original: {history.latency.describe()}"
-            if all(stage.goals == ("latency",) for stage in history.stages if stage.status == KEPT):
+            judged_by = {goal for stage in history.stages if stage.status == KEPT for goal in stage.goals}
+            if judged_by <= {"latency", choose.ACCURACY}:
                 _undo(history, reason)
                 reached, changed, history.latency = original, False, None
                 history.node_map = {node.name: (node.name,) for node in original.graph}

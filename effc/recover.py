@@ -17,11 +17,13 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from pydantic import Field
 
 from effc import registry
-from effc.api import Spec, as_model
+from effc.api import Spec
 from effc.augment import Augment
+from effc.capture import capture
 from effc.contract import Context, Pass, Progress, Proposal, Skipped, no_progress
 from effc.data import Data, open_data
 from effc.distillation import Loss, are_probabilities, ensemble
@@ -51,6 +53,9 @@ class Recover(Pass):
     temperature: Annotated[
         float, Field(gt=0, description="that the teacher's and the model's scores are divided by")
     ] = 4.0
+    features: Annotated[
+        float, Field(ge=0, description="weight of the distance to the teacher's tensors behind rewritten layers")
+    ] = 1.0
     mean: Annotated[
         Literal["arithmetic", "geometric"], Field(description="of the probabilities of several teachers")
     ] = "arithmetic"
@@ -77,11 +82,12 @@ class Recover(Pass):
     ] = None
 
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
-        if context.training is None:
-            raise BadInput("recover needs training data: give --train SPEC (Python: train=...)")
-        nodes = tuple(node.name for node in model.graph if any(map(_trainable, node.inputs)))
-        if nodes:
-            yield Proposal("weights", nodes)
+        _data(context)
+        nodes = [node.name or "" for node in model.graph if any(map(_trainable, node.inputs))]
+        why = _obstacle(model)
+        yield from (Skipped(node, why) for node in nodes if why)
+        if nodes and not why:
+            yield Proposal("weights", tuple(nodes))
 
     def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
         for note in recover(model, self, context):
@@ -94,32 +100,52 @@ def recover(model: Model, how: Recover, context: Context) -> list[str]:
     Raises:
         BadInput: PyTorch is not installed, the model holds an operator that cannot be trained, data do not fit.
     """
-    trainer = registry.trainer()
-    data = context.training.for_model(model)
-    if model.batch is not None:
-        raise BadInput(f"the model's batch is fixed at {model.batch}: training needs a free batch")
-    rest, held_out = _split(data, how.validation)
-    labelled = data.labelled and how.labels > 0
+    trainer, data = registry.trainer(), _data(context).for_model(model)
+    if why := _obstacle(model):
+        raise BadInput(f"{model.name} cannot be trained: {why}")
     if how.labels == 1 and not data.labelled:
         raise BadInput("labels=1 trains on labels alone, and the training data have none: name them under labels")
-    teachers = context.teachers or (context.original,)
-    sessions = (
-        [] if labelled and how.labels == 1 else [context.backend.session(t, threads=context.threads) for t in teachers]
-    )
+    rest, held_out = _split(data, how.validation)
+    labelled = data.labelled and how.labels > 0
+    teachers = (context.teachers or (context.original,)) if how.labels < 1 else ()
+    features = rewritten(model, teachers) if how.features else []
+    sessions = [context.backend.session(t, threads=context.threads, expose=features) for t in teachers]
     wanted, probabilities = _teaching(sessions, held_out, how)
     inputs, outputs = [info.name for info in model.inputs], [info.name for info in model.outputs]
-    loss = Loss(how.temperature, how.labels if labelled else 0.0, probabilities=probabilities)
+    loss = Loss(how.temperature, how.labels if labelled else 0.0, how.features / max(len(features), 1), probabilities)
     with torch_threads(context.threads):
-        view = trainer.view(model)
+        view = trainer.view(model, expose=features)
         reestimate(view, inputs, rest.shuffled(context.seed), how.batch, how.reestimate)
         training = Finetune(
-            view, inputs, outputs, rest, held_out, loss, _schedule(how), wanted=wanted, labels=labelled,
-            device=device(how.device), seed=context.seed, key=_key(model, how, context),
+            view, inputs, outputs, rest, held_out, loss, _schedule(how), features=features, wanted=wanted,
+            labels=labelled, device=device(how.device), seed=context.seed, key=_key(model, how, context),
             checkpoint=None if how.checkpoint is None else Path(how.checkpoint), progress=context.progress,
         )  # fmt: skip
         fitted = training.run()
     trainer.write_back(view, model)
     return [_told(fitted, how, len(held_out))]
+
+
+def rewritten(model: Model, teachers: Sequence[Model]) -> list[str]:
+    """Inner tensors that all models have, of one shape, and that other nodes make in the model than in its teachers."""
+    if not teachers:
+        return []
+    outputs = {info.name for info in model.outputs}
+    own, *others = (_made(each) for each in (model, *teachers))
+    return [
+        name for name, (node, *kind) in own.items()
+        if name not in outputs and all(name in o and o[name][0] != node and o[name][1:] == (*kind,) for o in others)
+    ]  # fmt: skip
+
+
+def _made(model: Model) -> dict[str, tuple]:
+    """Float tensor of known shape -> the node that makes it, and the shape."""
+    shapes = model.shapes()
+    values = [(value, node) for node in model.graph for value in node.outputs]
+    return {
+        value.name: (node.name, shapes[value.name]) for value, node in values
+        if shapes.get(value.name) and value.dtype in (None, ir.DataType.FLOAT)
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -159,9 +185,9 @@ def train(
     Raises:
         BadInput: model, data or options cannot be used.
     """
-    student, how = as_model(model), how or Recover()
+    student, how = capture(model), how or Recover()
     backend = registry.backend("onnxruntime")
-    own = [as_model(teacher) for teacher in teachers]
+    own = [capture(teacher) for teacher in teachers]
     context = Context(
         student, find_target(None), backend, training=open_data(data).for_model(student), teachers=tuple(own),
         threads=threads, seed=seed, progress=progress,
@@ -176,6 +202,24 @@ def train(
         scores = evaluate(sessions, judged, batch=student.batch, reference="teacher", progress=progress)
     backend.emit(trained)
     return Recovered(trained, tuple(notes), scores)
+
+
+def _data(context: Context) -> Data:
+    if context.training is None:
+        raise BadInput("recover needs training data: give --train SPEC (Python: train=...)")
+    return context.training
+
+
+def _obstacle(model: Model) -> str | None:
+    """Why a model cannot be trained, or None. Raises BadInput where there is nothing to train with."""
+    trainer = registry.trainer()
+    if model.batch is not None:
+        return f"the model's batch is fixed at {model.batch}: training needs a free batch"
+    try:
+        trainer.view(model)
+    except BadInput as error:
+        return str(error)
+    return None
 
 
 def _trainable(value: Any) -> bool:
