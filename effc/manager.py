@@ -91,6 +91,8 @@ class PassManager:
             record = StageRecord(attempt.records, goals=goals)
         with _Blaming(", ".join(dict.fromkeys(step.name for step in stage.passes))):
             self.guard.judge(record, before, attempt.model, stage.lossy, limit)
+        if record.cause == "accuracy" and stage.spends_damage and limit is not None:
+            attempt, record = search.weaker(limit, before, attempt, record)
         if record.cause == "accuracy" and stage.searchable and limit is not None:
             again = self._precise(stage.passes[0], before)
             attempt, record = search.within(limit, before, attempt, record, again)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from effc.choose import by_worth, decisive
 from effc.contract import Proposal
@@ -13,6 +13,7 @@ from effc.model import Model
 from effc.stages import Attempt
 
 LOOKS = 8  # at all evaluation data, at most
+WEAKER = 4  # smaller amounts of damage to look at where the best on the part does not hold on all data
 FARTHEST = 10  # halves of doublings that an amount of damage is taken up or down
 GAIN = 0.98  # a variant must be faster than this share of the plain attempt's time, beyond doubt
 
@@ -23,6 +24,7 @@ class Search:
 
     guard: Guard
     make: Callable[[list[Proposal]], Attempt]
+    _weaker: Callable[[int], Attempt] | None = field(default=None, init=False)
 
     def quickest(self, before: Model, attempt: Attempt, variants: Sequence[Sequence[Proposal]]) -> Attempt:
         """The attempt, or that of the variants which is measured to be faster beyond doubt.
@@ -50,8 +52,8 @@ class Search:
     ) -> Attempt:
         """The attempt that does most damage and holds a limit, on the part of the data that is kept for choosing.
 
-        Amounts other than the first have to hold it by one standard error: the largest of many that seem to hold does
-        so by luck in part.
+        Amounts that were looked for have to hold it by one standard error: the largest of many that seem to hold does
+        so by luck in part. So does the first, where others are looked for whether it holds or not.
 
         Args:
             limit: points that may be lost.
@@ -62,11 +64,14 @@ class Search:
 
         tried = {0: start}  # by the doublings of the amount, in halves
 
-        def holds(step: int) -> bool:
+        def spent(step: int) -> Attempt:
             if step not in tried:
                 tried[step] = spend(amount * 2 ** (step / 2))
-            drop = self.guard.drop(tried[step].model)
-            doubt = self.guard.drop_error(tried[step].model) if step else 0.0
+            return tried[step]
+
+        def holds(step: int) -> bool:
+            drop = self.guard.drop(spent(step).model)
+            doubt = self.guard.drop_error(tried[step].model) if step or upwards else 0.0
             return drop is not None and drop + doubt <= limit
 
         rising, step = holds(0), 0
@@ -80,6 +85,7 @@ class Search:
         if best in tried:
             best += holds(best + 1)
         found = tried.get(best, tried[min(tried)])  # where nothing holds, the least
+        self._weaker = None if best not in tried else lambda number: spent(best - number)
         said = f"as much damage as holds a drop of {limit:g} points" if best in tried else (
             f"the least damage that was tried, which does not hold a drop of {limit:g} points"
         )  # fmt: skip
@@ -87,6 +93,29 @@ class Search:
             samples = self.guard.choosing_samples
             record.notes.append(f"{said}, of {len(tried)} amounts tried: chosen on {samples} samples")
         return found
+
+    def weaker(self, limit: float, before: Model, attempt: Attempt, record: StageRecord) -> tuple[Attempt, StageRecord]:
+        """Smaller amounts of damage than `most_damage` found, until one holds the limit on all evaluation data.
+
+        Args:
+            attempt, record: what it found, and how that failed; they are given back where no smaller one holds.
+        """
+        if self._weaker is None:
+            return attempt, record
+        for number in range(1, WEAKER + 1):
+            candidate = self._weaker(number)
+            if not candidate.changed:
+                break
+            judged = StageRecord(candidate.records, goals=record.goals)
+            self.guard.judge(judged, before, candidate.model, True, limit)
+            if judged.cause != "accuracy":
+                for entry in judged.passes:
+                    entry.notes.append(
+                        f"{2 ** (-number / 2):.2g} of the damage that holds a drop of {limit:g} points on"
+                        f" {self.guard.choosing_samples} samples: the first that does on all evaluation samples"
+                    )
+                return candidate, judged
+        return attempt, record
 
     def within(
         self, limit: float, before: Model, full: Attempt, failed: StageRecord, precise: Sequence[Proposal]

@@ -279,8 +279,36 @@ def test_amounts_that_were_looked_for_hold_by_a_standard_error():
     tried = Amounts(lambda amount: amount / 16)  # the limit holds up to 16
     tried.told.error = 0.25
     assert tried.most()[0] == pytest.approx(8 * 2**0.5)
-    tried.told.error = 0.4
-    assert tried.most()[0] == 8  # the first, though it would not hold with the error added: it was not looked for
+    tried.told.error = 0.6
+    assert tried.most(upwards=False)[0] == 8  # the first was stated: it was not looked for
+    assert tried.most()[0] == pytest.approx(8 / 2**0.5)
+
+
+@pytest.mark.parametrize(("bound", "judged"), [(4.0, [32**0.5, 4.0]), (3.0, [32**0.5, 4.0, 8**0.5]), (0.5, None)])
+def test_where_all_data_say_no_smaller_amounts_are_judged(bound, judged):
+    """The part says yes up to 8, all data up to the bound; none holds within four steps of the root of 2."""
+    tried = Amounts(lambda amount: 0.5 if amount <= 8 else 2.0)
+    told: Any = tried.told
+    told.whole = lambda kept: 0.5 if tried.spent[kept] <= bound else 2.0
+    search = Search(told, told.make)
+    attempt = search.most_damage(1.0, tried.start, 8.0, tried.spend, upwards=True)
+    failed = StageRecord(attempt.records, UNDONE, "accuracy", "too much")
+    found, record = search.weaker(1.0, attempt.model, attempt, failed)
+    looked = [tried.spent[kept] for kept in told.judged]
+    if judged is None:
+        assert found is attempt and record is failed and len(looked) == 4
+        return
+    assert looked == pytest.approx(judged) and tried.spent[told.made[id(found.model)]] == pytest.approx(judged[-1])
+    assert record.status == KEPT and "of the damage that holds a drop of 1 points" in found.records[0].notes[-1]
+
+
+def test_where_nothing_held_on_the_part_nothing_smaller_is_judged():
+    tried = Amounts(lambda amount: 5.0)
+    told: Any = tried.told
+    search = Search(told, told.make)
+    attempt = search.most_damage(1.0, tried.start, 8.0, tried.spend, upwards=True)
+    failed = StageRecord(attempt.records, UNDONE, "accuracy", "too much")
+    assert search.weaker(1.0, attempt.model, attempt, failed) == (attempt, failed) and not told.judged
 
 
 def test_where_no_amount_holds_the_least_is_what_comes_back():
