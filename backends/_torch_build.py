@@ -6,7 +6,7 @@ import builtins
 import keyword
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -68,12 +68,12 @@ class Fixed(nn.Module):
         return self.value
 
 
-def build(model: Model) -> fx.GraphModule:
-    """The view, in eval(). Raises BadInput naming the operator that has no rule."""
+def build(model: Model, expose: Sequence[str] = ()) -> fx.GraphModule:
+    """The view, in eval(), with some inner tensors behind its outputs. Raises BadInput naming what has no rule."""
     for node in model.graph:
         if node.op_type != "Constant" and TABLE.find(node) is None:
             raise BadInput(f"{model.name} cannot be trained: {TABLE.missing(node)}")
-    return Builder(model).run()
+    return Builder(model).run(expose)
 
 
 class Builder:
@@ -92,7 +92,7 @@ class Builder:
         self._statistics, self._untrained = _statistics(model)
         self._integers: dict[str, ir.Value] = {}
 
-    def run(self) -> fx.GraphModule:
+    def run(self, expose: Sequence[str] = ()) -> fx.GraphModule:
         inputs = self._inputs()
         for node in self.model.graph:
             if node.op_type == "Constant" or self.source(node.outputs[0]) is not None or self._picks(node):
@@ -104,10 +104,11 @@ class Builder:
             for value, result in zip(node.outputs, made, strict=True):
                 self._values[value] = result
                 result.meta.setdefault(TENSOR, value.name)
-        results = [self._result(v) for v in self.model.graph.outputs]
+        shown = [*self.model.graph.outputs, *map(self.model.value, expose)]
+        results = [self._result(v) for v in shown]
         self.graph.output(results[0] if len(results) == 1 else tuple(results))
         view = fx.GraphModule(self.root, self.graph, "View")
-        outputs = tuple(v.name or "" for v in self.model.graph.outputs)
+        outputs = tuple(v.name or "" for v in shown)
         view.meta[META] = Names(inputs, outputs, {name: tuple(paths) for name, paths in self._places.items()})
         return view.eval()
 

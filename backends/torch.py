@@ -8,7 +8,7 @@ when the backend is made.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,16 +41,17 @@ class Torch:
 
         return version("torch")
 
-    def view(self, model: Model) -> fx.GraphModule:
+    def view(self, model: Model, *, expose: Sequence[str] = ()) -> fx.GraphModule:
         """The model as a GraphModule in eval(): inputs by position, in order; one tensor, or a tuple of the outputs.
 
         Float weights are parameters, in ONNX's layout behind parametrizations where PyTorch's is another; batch-norm
-        statistics are buffers; scalars and what Constant nodes hold are fixed.
+        statistics are buffers; scalars and what Constant nodes hold are fixed. The inner tensors of `expose` come
+        behind the outputs.
 
         Raises:
             BadInput: an operator has no trainable form; the line names it, its node and the table to extend.
         """
-        return self._build(model)
+        return self._build(model, expose)
 
     def write_back(self, view: fx.GraphModule, model: Model) -> None:
         """Trained weights and statistics into the model that the view was made of; see `_torch_view.write_back`."""

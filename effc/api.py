@@ -50,6 +50,8 @@ def optimize(
     example_inputs: Any = None,
     calibrate: Spec | None = None,
     evaluate: Spec | None = None,
+    train: Spec | None = None,
+    teachers: Sequence[Any] = (),
     max_drop: float | None = None,
     min_speedup: float | None = None,
     max_size: float | None = None,
@@ -74,6 +76,8 @@ def optimize(
         example_inputs: for a torch module, as in `effc.capture`.
         calibrate: data to look at activations with.
         evaluate: data to judge accuracy on.
+        train: data for passes that train, such as `recover`.
+        teachers: what these learn from, each as `model`; by default the original.
         max_drop: points of the metric that may be lost; with labelled evaluation data 1 unless given.
         min_speedup: required speed of the result over the original, as measured.
         max_size: required size of the result, as a share of the original's.
@@ -107,7 +111,9 @@ def optimize(
         raise BadInput(f"target {aim.name!r} is another machine's: no speed can be measured; leave out --min-speedup")
     backend = registry.backend(aim.runtime)
     batch = original.batch or 1 if batch is None else batch
-    calibration, evaluation = (None if s is None else open_data(s).for_model(original) for s in (calibrate, evaluate))
+    calibration, evaluation, training = (
+        None if s is None else open_data(s).for_model(original) for s in (calibrate, evaluate, train)
+    )
     feeds = real_feeds(original, batch, dims or {}, calibration or evaluation, seed)
     _runs(original, backend, feeds)
     if max_drop is None and evaluation is not None and evaluation.labelled and not force:
@@ -117,6 +123,8 @@ def optimize(
         target=aim,
         backend=backend,
         calibration=calibration,
+        training=training,
+        teachers=tuple(capture(teacher) for teacher in teachers),
         goal=goal,
         batch=batch,
         dims=dims or {},
@@ -140,7 +148,8 @@ def optimize(
         seed=seed,
         progress=progress,
     )
-    data = {k: d.digest for k, d in (("calibrate", calibration), ("evaluate", evaluation)) if d is not None}
+    given = {"calibrate": calibration, "evaluate": evaluation, "train": training}
+    data = {name: each.digest for name, each in given.items() if each is not None}
     if replay is not None and replay.data.get("calibrate") != data.get("calibrate"):
         raise BadInput("the report to replay was made with other calibration data; give the same --calibrate SPEC")
     with collection_paused():
@@ -157,7 +166,7 @@ def optimize(
         data=data,
         original=before,
         final=before,
-        notes=[*original.notes, *_target_notes(aim), *_data_notes(calibration, evaluation)],
+        notes=[*original.notes, *_target_notes(aim), *_data_notes(given)],
         origin=aim.origin,
     )
     manager = PassManager(context, guard, None if replay is None else replay.stages)
@@ -206,15 +215,15 @@ def _target_notes(aim: target.Target) -> list[str]:
     return [told, *([aim.remark] if aim.remark else [])]
 
 
-def _data_notes(calibration: Data | None, evaluation: Data | None) -> list[str]:
-    if calibration is None or evaluation is None:
-        return []
-    shared = calibration.overlap(evaluation)
-    if not shared:
-        return []
-    return [
-        f"calibration and evaluation share {shared} samples: the accuracy reported is too good; use start and limit"
-    ]
+def _data_notes(given: Mapping[str, Data | None]) -> list[str]:
+    evaluation, notes = given["evaluate"], []
+    for role, what in (("calibrate", "calibration"), ("train", "training")):
+        data = given[role]
+        shared = 0 if data is None or evaluation is None else data.overlap(evaluation)
+        if shared:
+            said = f"{what} and evaluation share {shared} samples: the accuracy reported is too good"
+            notes.append(f"{said}; use start and limit")
+    return notes
 
 
 def _finish(
@@ -229,7 +238,8 @@ def _finish(
         if judge and history.latency.slower and guard.goal == "latency" and not guard.force:
             # Each stage may lose up to the noise; together they must not, unless one is there for something else.
             reason = f"the whole is slower than the original: {history.latency.describe()}"
-            if all(stage.goals == ("latency",) for stage in history.stages if stage.status == KEPT):
+            judged_by = {goal for stage in history.stages if stage.status == KEPT for goal in stage.goals}
+            if judged_by <= {"latency", choose.ACCURACY}:
                 _undo(history, reason)
                 reached, changed, history.latency = original, False, None
                 history.node_map = {node.name: (node.name,) for node in original.graph}

@@ -18,6 +18,7 @@ from effc.cost import Cost
 QUANTITIES = {"macs": "macs", "size": "weight_bytes", "speedup": "seconds", "energy": "energy"}
 JUDGED_BY = {"macs": "macs", "size": "size", "speedup": "latency", "energy": "energy"}
 GOALS = {"latency": "seconds", "size": "weight_bytes", "energy": "energy", "macs": "macs"}
+ACCURACY = "accuracy"  # the goal of passes that only train
 PREDICTED = ("seconds", "energy")  # 0 means: not known
 ROUNDS = 24
 ROUNDING = 1e-9
@@ -228,7 +229,7 @@ def pays(p: Proposal, goals: Sequence[str]) -> bool:
 
     What is predicted (latency, energy) has to fall; what is counted must not rise.
     """
-    told = [goal for goal in goals if known(p, GOALS[goal])]
+    told = [goal for goal in goals if goal in GOALS and known(p, GOALS[goal])]
     saved = [(saving(p, GOALS[goal]), GOALS[goal] in PREDICTED) for goal in told]
     return len(told) < len(goals) or any(amount > 0 or (amount == 0 and not must_fall) for amount, must_fall in saved)
 

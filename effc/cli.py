@@ -11,8 +11,21 @@ from rich.console import Console
 from rich.table import Table
 
 import effc
-from effc import api, cli_calibrate, cli_inspect, registry
-from effc.cli_options import Debug, Dims, Foreign, Quiet, TargetName, Threads, bars, sizes
+from effc import api, cli_calibrate, cli_inspect, cli_recover, registry
+from effc.cli_options import (
+    Debug,
+    Dims,
+    Evaluate,
+    Foreign,
+    Quiet,
+    TargetName,
+    Teachers,
+    Threads,
+    Train,
+    bars,
+    check_output,
+    sizes,
+)
 from effc.cost import cost
 from effc.data import open_data
 from effc.errors import BadInput, EffcError, RequirementNotMet
@@ -30,7 +43,6 @@ UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickE
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=effc.__doc__)
 
 Batch = Annotated[int | None, typer.Option(min=1, help="Samples an inference when measuring", show_default="1")]
-Evaluate = Annotated[str | None, typer.Option(help="Data to judge accuracy on: SPEC.yaml{key=value,...}")]
 
 
 @app.callback(invoke_without_command=True)
@@ -47,6 +59,8 @@ def optimize(
     recipe: Annotated[Path | None, typer.Option(help="Recipe as a YAML file")] = None,
     calibrate: Annotated[str | None, typer.Option(help="Data to look at activations with")] = None,
     evaluate: Evaluate = None,
+    train: Train = None,
+    teacher: Teachers = None,
     max_drop: Annotated[float | None, typer.Option(min=0, help="Points to lose at most", show_default="1")] = None,
     min_speedup: Annotated[float | None, typer.Option(min=0, help="Required speed over the original")] = None,
     max_size: Annotated[float | None, typer.Option(min=0, help="Required size, a share of the original's")] = None,
@@ -73,10 +87,10 @@ def optimize(
     if passes is not None and recipe is not None:
         raise BadInput("give --passes or --recipe, not both")
     destination = output or model.with_name(f"{model.stem}-effc.onnx")
-    _check_output(destination, model)
+    check_output(destination, model)
     for path in (json, html):
         if path is not None:
-            _check_output(path, model)
+            check_output(path, model)
     told = None if replay is None else History.from_json(_read(replay))
     unmet = None
     with bars(quiet) as progress:
@@ -86,6 +100,8 @@ def optimize(
                 load_recipe(recipe) if recipe else passes or (told.recipe if told else api.DEFAULT_PASSES),
                 calibrate=calibrate,
                 evaluate=evaluate,
+                train=train,
+                teachers=teacher or (),
                 max_drop=max_drop,
                 min_speedup=min_speedup,
                 max_size=max_size,
@@ -142,6 +158,7 @@ def compare(
 
 app.command()(cli_inspect.inspect)
 app.command()(cli_calibrate.calibrate_target)
+app.command()(cli_recover.recover)
 
 
 @app.command()
@@ -196,15 +213,6 @@ def _file_size(path: Path, model: Model) -> int:
 def _shown(shape: tuple[int | str | None, ...] | None) -> str:
     """A shape whose dynamic dimensions are alike whatever they are called."""
     return "of any rank" if shape is None else "x".join(str(d) if isinstance(d, int) else "?" for d in shape)
-
-
-def _check_output(path: Path, model: Path) -> None:
-    if not path.parent.is_dir():
-        raise BadInput(f"the folder {path.parent} does not exist; make it first")
-    if path.is_dir():
-        raise BadInput(f"{path} is a folder; a file name is needed")
-    if path.resolve() == model.resolve():
-        raise BadInput(f"{path} is the input itself; choose another output")
 
 
 def _read(path: Path) -> bytes:

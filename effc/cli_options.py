@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,6 +20,11 @@ TargetName = Annotated[str | None, typer.Option("--target", help="Name or file",
 Foreign = Annotated[bool, typer.Option("--foreign-target", help="Accept a target measured on another machine")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of the runtime")]
 Dims = Annotated[list[str] | None, typer.Option("--dim", help="Size of a symbolic dimension, name=value")]
+Evaluate = Annotated[str | None, typer.Option(help="Data to judge accuracy on: SPEC.yaml{key=value,...}")]
+Train = Annotated[str | None, typer.Option(help="Data to train on, for passes that do")]
+Teachers = Annotated[
+    list[Path] | None, typer.Option("--teacher", help="Model to learn from; several: their mean", show_default="MODEL")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error")]
 
@@ -50,3 +56,13 @@ def bars(quiet: bool) -> Iterator[Progress]:
             return lambda steps: shown.advance(task, steps)
 
         yield start
+
+
+def check_output(path: Path, model: Path) -> None:
+    """Refuse, before work is done, a file that cannot be written or would replace the input. Raises BadInput."""
+    if not path.parent.is_dir():
+        raise BadInput(f"the folder {path.parent} does not exist; make it first")
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder; a file name is needed")
+    if path.resolve() == model.resolve():
+        raise BadInput(f"{path} is the input itself; choose another output")

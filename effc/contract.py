@@ -80,6 +80,8 @@ class Context:
         target: runtime and device that the result is for.
         backend: the runtime itself.
         calibration: data to look at activations with, or None.
+        training: data for passes that train, or None.
+        teachers: models that these learn from; none: the original.
         later: the passes that follow.
         goal: what has to fall: "latency", "size", "energy" or "macs".
         batch, dims, threads, seed: as the user stated them.
@@ -91,6 +93,8 @@ class Context:
     target: Target
     backend: Backend
     calibration: Data | None = None
+    training: Data | None = None
+    teachers: tuple[Model, ...] = ()
     later: tuple[Pass, ...] = ()
     goal: str = "latency"
     batch: int = 1
@@ -100,6 +104,16 @@ class Context:
     precise: bool = False
     progress: Progress = no_progress
     _statistics: dict[tuple, Any] = field(default_factory=dict, repr=False)
+    _said: list[str] = field(default_factory=list, repr=False)
+
+    def say(self, note: str) -> None:
+        """Something about a pass's work that the report should tell, one sentence; for `rewrite`."""
+        self._said.append(note)
+
+    def heard(self) -> list[str]:
+        """What was said since it was last asked for."""
+        said, self._said = self._said, []
+        return said
 
     def statistics(self, model: Model, requests: Iterable[Request]) -> dict[Request, Any]:
         """What the calibration data do inside a model, collected in one streamed run for all that is not known yet.

@@ -153,6 +153,10 @@ class Data:
         """The first n samples (all, where there are fewer)."""
         return self._with(self._rows[: max(n, 0)], f"first {n}")
 
+    def shuffled(self, seed: int) -> Data:
+        """The same samples in another order; those of a function come as they come."""
+        return self if self.streamed else self._with(np.random.default_rng(seed).permutation(self.rows), None)
+
     def split(self, share: float | Literal["parity"] = "parity") -> tuple[Data, Data]:
         """Two parts without a common sample: even and odd ones, or a share evenly spread over the data, and the rest.
 

@@ -194,7 +194,7 @@ class _Tally:
         scores = np.asarray(outputs[name], np.float64)
         if self.metric == "agreement":
             return _class(scores) == _class(reference[name])
-        labels = _labels(part.labels, scores, self.data)
+        labels = class_labels(part.labels, scores.shape[1], self.data)
         if self.metric == "top1":
             return _class(scores) == labels
         own = np.take_along_axis(scores, labels[:, None], axis=1)
@@ -285,16 +285,16 @@ def _numbers(name: str, a: np.ndarray, b: np.ndarray, rows: int) -> tuple[np.nda
     return a, b
 
 
-def _labels(labels: np.ndarray | None, scores: np.ndarray, data: str) -> np.ndarray:
-    """[N] integers, each a class of the model."""
+def class_labels(labels: np.ndarray | None, classes: int, data: str) -> np.ndarray:
+    """[N] integers, each a class of the model. Raises BadInput, with the name of the data."""
     labels = np.asarray(labels)
     labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
     if labels.ndim != 1 or not np.array_equal(labels, np.trunc(labels)):
         raise BadInput(f"labels of data {data!r} are {labels.dtype} {labels.shape}: needed is one integer a sample")
-    wrong = labels[(labels < 0) | (labels >= scores.shape[1])]
+    wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         raise BadInput(
-            f"data {data!r} hold label {wrong[0]}, the model has classes 0 to {scores.shape[1] - 1}: "
+            f"data {data!r} hold label {wrong[0]}, the model has classes 0 to {classes - 1}: "
             "count labels from 0, in the model's order"
         )
     return labels.astype(np.int64)

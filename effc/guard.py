@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import sem
 
-from effc.choose import GOALS, PREDICTED, pays
+from effc.choose import ACCURACY, GOALS, PREDICTED, pays
 from effc.contract import Context, Progress, Proposal, no_progress
 from effc.cost import Cost, cost
 from effc.data import Data
@@ -142,6 +142,9 @@ class Guard:
             )
 
     def _pays(self, record: StageRecord, goal: str, before: Model, after: Model, lossy: bool) -> None:
+        if goal == ACCURACY:
+            self._more_accurate(record, before)
+            return
         if goal != "latency":
             quantity = GOALS[goal]
             a, b = (getattr(self._total(m), quantity) for m in (before, after))
@@ -155,6 +158,12 @@ class Guard:
             self._decided(record, record.predicted, before, after)
         else:
             record.unproven.append("latency was not measured")
+
+    def _more_accurate(self, record: StageRecord, before: Model) -> None:
+        if record.accuracy is None:
+            record.unproven.append("training was judged on data held out of its own alone")
+        elif (lost := _known_drop(record.accuracy) - _known_drop(self.accuracy(before))) > 0:
+            self._reject(record, f"it trained {lost:.2f} points away", "accuracy")
 
     def _measured(self, record: StageRecord, before: Model, after: Model, lossy: bool) -> None:
         if has_branches(after) and not has_branches(before):

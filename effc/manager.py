@@ -194,6 +194,7 @@ class PassManager:
             clone_revision = clone.revision
             if chosen:
                 step.rewrite(clone, chosen, self.context)
+                record.notes += self.context.heard()
                 if clone.revision != clone_revision:
                     edit.remove_unused(clone)
                     verify(clone, model)

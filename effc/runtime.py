@@ -110,8 +110,11 @@ class Trainer(Protocol):
 
     def version(self) -> str: ...
 
-    def view(self, model: Model) -> Any:
+    def view(self, model: Model, *, expose: Sequence[str] = ()) -> Any:
         """The model in the framework's form, its weights to be trained.
+
+        Args:
+            expose: names of inner tensors to give behind the outputs.
 
         Raises:
             BadInput: an operator of the model cannot be trained, or the framework is not installed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from effc.choose import JUDGED_BY
+from effc.choose import ACCURACY, JUDGED_BY
 from effc.contract import Pass, Proposal, Repeat
 from effc.history import KEPT, PassRecord, compose
 from effc.model import Model
@@ -26,7 +26,7 @@ class Stage:
     @property
     def searchable(self) -> bool:
         """One lossy pass and nothing that trains: its rewrites can be given up one by one to hold a limit."""
-        return len(self.passes) == 1 and self.lossy
+        return len(self.passes) == 1 and self.lossy and not self.only_recovers
 
     @property
     def spends_damage(self) -> bool:
@@ -34,8 +34,15 @@ class Stage:
         return self.searchable and "damage" in self.passes[0].budget() and not self.goals
 
     @property
+    def only_recovers(self) -> bool:
+        """It makes nothing cheaper, and is there for accuracy alone."""
+        return all(step.recovers for step in self.passes)
+
+    @property
     def goals(self) -> tuple[str, ...]:
         """What budgets of its passes say that it is judged by, each once; empty where they say nothing."""
+        if self.only_recovers:
+            return (ACCURACY,)
         budgets = (name for step in self.passes for name in step.budget())
         return tuple(dict.fromkeys(JUDGED_BY[name] for name in budgets if name in JUDGED_BY))
 

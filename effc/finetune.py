@@ -1,0 +1,342 @@
+"""The training loop of recovery: SGD on a trainable view, towards teachers and labels; the best state is kept.
+
+Momentum SGD (Nesterov) with linear warm-up and a cosine to 0 (Loshchilov and Hutter, SGDR, 2017, equation 5 without
+restarts), gradients clipped by their norm, weight decay on matrices and kernels alone. A part of the training data is
+held out and judges each epoch. All that is random follows from the seed and the epoch's number, so that a run that was
+killed and resumed from its checkpoint ends as one that was not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from effc.augment import Augment, augmented
+from effc.contract import Progress, no_progress
+from effc.data import Batch, Data
+from effc.distillation import Loss
+from effc.errors import BadInput
+from effc.evaluate import class_labels
+
+if TYPE_CHECKING:
+    import torch
+
+EXPLODED = 1e3  # times the loss at the start
+Wanted = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast.
+
+    Attributes:
+        epochs: passes over the training data.
+        batch: samples a step.
+        learning_rate: at its highest.
+        warmup: epochs over which it rises from 0.
+        clip: largest norm of all gradients together.
+        patience: epochs without a better state after which training ends; None: never.
+        augment: what is done to images: flipped, or flipped and shifted by up to an eighth of their size.
+        frozen_norms: batch norms keep their statistics.
+    """
+
+    epochs: int = 10
+    batch: int = 128
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup: float = 0.0
+    clip: float = 5.0
+    patience: int | None = None
+    augment: Augment = "none"
+    frozen_norms: bool = False
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step, given the number of steps of an epoch."""
+        warm, total = self.warmup * steps, self.epochs * steps
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
+
+
+@dataclass
+class Fitted:
+    """What training came to.
+
+    Attributes:
+        losses: mean training loss, epoch by epoch.
+        scores: on what was held out, before training and after each epoch: (top-1 share or None, loss).
+        best: the epoch whose state was kept; 0 for the state before training.
+        ended: why before the last epoch, or None.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    scores: list[tuple[float | None, float]] = field(default_factory=list)
+    best: int = 0
+    ended: str | None = None
+
+
+class Finetune:
+    """Trains a view in place.
+
+    Args:
+        view: a trainable view: called with the inputs in order, it gives one tensor or a tuple of the outputs.
+        inputs, outputs: names of both.
+        features: names of inner tensors that the view gives behind its outputs, and the teachers too.
+        data: training data, bound to the model.
+        held_out: what judges epochs; no sample of `data`.
+        wanted: the teachers' outputs for feeds, or None.
+        labels: whether the data's labels count.
+        device: "cpu" or "cuda", where steps run in bfloat16 where that is safe (autocast).
+        checkpoint: file to which each epoch's end is written, and from which training goes on where there is one.
+        key: what the checkpoint must have been made with.
+    """
+
+    def __init__(
+        self, view: Any, inputs: Sequence[str], outputs: Sequence[str], data: Data, held_out: Data, loss: Loss,
+        schedule: Schedule, *, features: Sequence[str] = (), wanted: Wanted | None = None,
+        labels: bool = False, device: str = "cpu", seed: int = 0, checkpoint: Path | None = None, key: str = "",
+        progress: Progress = no_progress,
+    ) -> None:  # fmt: skip
+        self.view, self.inputs, self.outputs, self.features = view, inputs, outputs, features
+        self.data, self.held_out, self.loss, self.schedule = data, held_out, loss, schedule
+        self.wanted, self.labels, self.device, self.seed = wanted, labels, device, seed
+        self.checkpoint, self.key, self.progress = checkpoint, key, progress
+        self.fitted = Fitted()
+        self._best: dict[str, torch.Tensor] = {}
+
+    def run(self) -> Fitted:
+        """Train, and leave the best state in the view.
+
+        Raises:
+            BadInput: labels that are no class of the model; a loss that is no number from the start; a checkpoint of
+                another run.
+        """
+        import torch
+
+        schedule, view = self.schedule, self.view.to(self.device)
+        optimizer = torch.optim.SGD(
+            self._groups(), lr=schedule.learning_rate, momentum=schedule.momentum, nesterov=schedule.momentum > 0
+        )
+        start = self._resumed(optimizer)
+        if not self.fitted.scores:
+            self._judge()
+            if not math.isfinite(self.fitted.scores[0][1]):
+                raise BadInput("the loss of the model as it is given is no number: check the data and the teacher")
+        steps = sum(1 for _ in self._sizes())
+        for epoch in range(start, schedule.epochs):
+            if (why := self._epoch(epoch, steps, optimizer)) is not None:
+                self.fitted.ended = f"{why} in epoch {epoch + 1}; a lower learning rate may help"
+                break
+            self._judge()
+            self._save(epoch + 1, optimizer)
+            late = schedule.patience is not None and epoch + 1 - self.fitted.best >= schedule.patience
+            if late and epoch + 1 < schedule.epochs:
+                self.fitted.ended = f"no better state in {schedule.patience} epochs"
+                break
+        view.load_state_dict(self._best)
+        view.eval().cpu()
+        return self.fitted
+
+    def _groups(self) -> list[dict[str, Any]]:
+        trained = [p for p in self.view.parameters() if p.requires_grad]
+        if not trained:
+            raise BadInput("the model has no float weight that could be trained")
+        decayed = [p for p in trained if p.ndim > 1]
+        rest = [p for p in trained if p.ndim <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": self.schedule.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
+        return [group for group in groups if group["params"]]
+
+    def _sizes(self) -> Iterator[int]:
+        """Samples of each step; a last one of a single sample is left out, of which a batch norm knows no spread."""
+        count, batch = len(self.data), self.schedule.batch
+        for begin in range(0, count, batch):
+            if (size := min(batch, count - begin)) > 1 or count == 1:
+                yield size
+
+    def _epoch(self, epoch: int, steps: int, optimizer: torch.optim.Optimizer) -> str | None:
+        """One pass over the data; why it had to stop, or None."""
+        import torch
+
+        rng = np.random.default_rng([self.seed, epoch])
+        torch.manual_seed(int(rng.integers(2**31)))
+        self._train_mode()
+        limit = EXPLODED * max(self.fitted.scores[0][1], 1e-3)
+        total = count = 0
+        advance = self.progress(f"epoch {epoch + 1} of {self.schedule.epochs}{self._told()}", len(self.data))
+        batches = self.data.shuffled(int(rng.integers(2**31))).batches(self.schedule.batch)
+        for number, (size, part) in enumerate(zip(self._sizes(), batches, strict=False)):
+            for group in optimizer.param_groups:
+                group["lr"] = self.schedule.rate(epoch * steps + number, steps)
+            feeds = augmented(part.feeds, self.schedule.augment, rng)
+            with self._precision():
+                loss, _ = self._loss(feeds, part)
+            value = float(loss.detach())
+            if not math.isfinite(value) or value > limit:
+                return f"the loss became {value:.3g}, from {self.fitted.scores[0][1]:.3g} at the start,"
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(self.view.parameters(), self.schedule.clip)
+            if not math.isfinite(float(norm)):
+                return f"gradients became {float(norm):.3g}"
+            optimizer.step()
+            total, count = total + value * size, count + size
+            advance(size)
+        self.fitted.losses.append(total / max(count, 1))
+        return None
+
+    def _told(self) -> str:
+        """How the state is, for the bar."""
+        share, loss = self.fitted.scores[-1]
+        return f" (loss {loss:.4f}" + ("" if share is None else f", top-1 {100 * share:.1f} %") + ")"
+
+    def _train_mode(self) -> None:
+        import torch
+
+        self.view.train()
+        if self.schedule.frozen_norms:
+            for module in self.view.modules():
+                if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+
+    def _loss(self, feeds: Mapping[str, np.ndarray], part: Batch) -> tuple[torch.Tensor, int]:
+        import torch
+
+        wanted = {} if self.wanted is None else self.wanted(feeds)
+        tensors = self.view(*(torch.from_numpy(feeds[name]).to(self.device) for name in self.inputs))
+        names = [*self.outputs, *self.features]
+        made = dict(zip(names, tensors if len(names) > 1 else (tensors,), strict=True))
+        for name, array in wanted.items():
+            if name not in made or tuple(made[name].shape) != array.shape:
+                found = f"one of {tuple(made[name].shape)}" if name in made else f"only {', '.join(made)}"
+                raise BadInput(
+                    f"the teacher has an output {name!r} of {array.shape}, the model {found}: they must match"
+                )
+        labels, hits = None, 0
+        if self.labels:
+            scores = next(
+                (made[name] for name in self.outputs if made[name].ndim == 2 and made[name].shape[1] > 1), None
+            )
+            if scores is None:
+                raise BadInput("labels need an output of class scores [N, C > 1]; train without labels (labels=0)")
+            labels = torch.from_numpy(class_labels(part.labels, scores.shape[1], self.data.name)).to(self.device)
+            hits = int((scores.argmax(1) == labels).sum())
+        targets = {name: torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for name, a in wanted.items()}
+        inner = [(made.pop(name), targets.pop(name)) for name in self.features if name in targets]
+        return self.loss(made, targets, labels, inner), hits
+
+    def _judge(self) -> None:
+        """Score the state on what was held out, and remember it if it is the best."""
+        import torch
+
+        self.view.eval()
+        total = count = right = 0
+        with torch.no_grad(), self._precision():
+            for part in self.held_out.batches(self.schedule.batch):
+                size = len(next(iter(part.feeds.values())))
+                loss, hits = self._loss(part.feeds, part)
+                total, count, right = total + float(loss) * size, count + size, right + hits
+        self.fitted.scores.append((right / count if self.labels else None, total / count))
+        if len(self.fitted.scores) == 1 or self._better():
+            self.fitted.best = len(self.fitted.scores) - 1
+            self._best = {name: value.detach().cpu().clone() for name, value in self.view.state_dict().items()}
+
+    def _better(self) -> bool:
+        (own, loss), (before, least) = self.fitted.scores[-1], self.fitted.scores[self.fitted.best]
+        if not math.isfinite(loss):
+            return False
+        return (own, -loss) > (before, -least) if own is not None and before is not None else loss < least
+
+    def _precision(self) -> Any:
+        import torch
+
+        return torch.autocast("cuda", dtype=torch.bfloat16) if self.device == "cuda" else nullcontext()
+
+    # --- checkpoints
+
+    def _save(self, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+        import torch
+
+        if self.checkpoint is None:
+            return
+        content = {
+            "key": self.key, "epoch": epoch, "state": self.view.state_dict(), "optimizer": optimizer.state_dict(),
+            "best": self._best, "fitted": vars(self.fitted),
+        }  # fmt: skip
+        part = self.checkpoint.with_name(f"{self.checkpoint.name}.part")
+        torch.save(content, part)
+        os.replace(part, self.checkpoint)  # at once: a kill leaves the one before
+
+    def _resumed(self, optimizer: torch.optim.Optimizer) -> int:
+        """The epoch to go on with."""
+        import torch
+
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return 0
+        try:
+            content = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+        except Exception as error:  # unpickling raises whatever the bytes make it raise
+            raise BadInput(f"{self.checkpoint} is no checkpoint of effc: {type(error).__name__}; remove it") from error
+        if not isinstance(content, dict) or content.get("key") != self.key:
+            raise BadInput(
+                f"{self.checkpoint} is of another model, other data or other options; remove it, or name another"
+            )
+        self.view.load_state_dict(content["state"])
+        optimizer.load_state_dict(content["optimizer"])
+        self._best, self.fitted = content["best"], Fitted(**copy.deepcopy(content["fitted"]))
+        return content["epoch"]
+
+
+def reestimate(view: Any, inputs: Sequence[str], data: Data, batch: int, batches: int) -> None:
+    """Statistics of batch norms from data, as plain averages over so many batches; other weights stay."""
+    import torch
+
+    norms = [m for m in view.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    if not norms or not batches:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a cumulative average
+    view.train()
+    with torch.no_grad():
+        for number, part in enumerate(data.batches(batch)):
+            if number == batches:
+                break
+            view(*(torch.from_numpy(part.feeds[name]) for name in inputs))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    view.eval()
+
+
+def device(wanted: str) -> str:
+    """ "cpu" or "cuda" for one of these or "auto". Raises BadInput where there is no CUDA."""
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise BadInput("device=cuda: PyTorch sees no CUDA device here; take cpu or auto")
+    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """PyTorch with so many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
