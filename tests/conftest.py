@@ -10,5 +10,7 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = tempfile.TemporaryDirectory(prefix="effc-tests-")
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CACHE_HOME", folder.name)
+    # Test processes run side by side: threads of PyTorch that wait for each other by spinning take minutes.
+    patch.setenv("OMP_NUM_THREADS", "1")
     config.add_cleanup(folder.cleanup)
     config.add_cleanup(patch.undo)
