@@ -11,8 +11,9 @@ import onnx
 import pytest
 from onnx import helper
 
-from effc import capture, registry
+from effc import registry
 from effc.backends.torch import Torch
+from effc.capture import from_proto
 from effc.errors import BadInput, PassFailed
 from effc.model import Model
 from tests.networks import NETWORKS, Net, distance, feeds, run
@@ -28,7 +29,7 @@ TRAINABLE = [name for name in NETWORKS if name != "control"]
 
 
 def captured(name: str) -> Model:
-    return capture.from_proto(NETWORKS[name]())
+    return from_proto(NETWORKS[name]())
 
 
 def floats(model: Model) -> dict[str, np.ndarray]:
@@ -46,7 +47,7 @@ def test_a_network_agrees_with_onnxruntime(name, batch):
     """To 1e-5 of the largest output (float16: 2e-3), at batches that the graph leaves open."""
     proto = NETWORKS[name]()
     inputs = feeds(proto, batch=batch)
-    session = TORCH.session(TORCH.view(capture.from_proto(proto)))
+    session = TORCH.session(TORCH.view(from_proto(proto)))
     assert session.outputs == tuple(o.name for o in proto.graph.output)
     assert distance(run(proto, inputs), session.run(inputs)) <= TOLERANCES.get(name, 1e-5)
 
@@ -55,7 +56,7 @@ def test_a_network_agrees_with_onnxruntime(name, batch):
 def test_other_sizes_than_the_batch_are_open_too(length):
     proto = NETWORKS["transformer"]()
     inputs = {"input": np.random.default_rng(0).standard_normal((2, length, 16)).astype(np.float32)}
-    found = TORCH.session(TORCH.view(capture.from_proto(proto))).run(inputs)
+    found = TORCH.session(TORCH.view(from_proto(proto))).run(inputs)
     assert distance(run(proto, inputs), found) <= 1e-5
 
 
@@ -153,7 +154,7 @@ def test_momentum_is_the_share_that_statistics_keep():
     """ONNX: new = m * old + (1 - m) * batch; 0.9 by default."""
     net = Net("momentum")
     net.output(net.norm(net.input("x", ["N", 3, 4, 4]), 3, name="bn", momentum=0.7), ["N", 3, 4, 4])
-    view = TORCH.view(capture.from_proto(net.model())).train()
+    view = TORCH.view(from_proto(net.model())).train()
     x = torch.from_numpy(feeds(net.model(), batch=5)["x"])
     expected = 0.7 * torch.from_numpy(net.weights["bn.running_mean"]) + 0.3 * x.mean((0, 2, 3))
     view(x)
@@ -165,7 +166,7 @@ def test_statistics_that_are_used_twice_are_fixed():
     x = net.norm(net.input("x", ["N", 3]), 3, name="bn")
     statistics = [f"bn.{part}" for part in ("weight", "bias", "running_mean", "running_var")]
     net.output(net.node("BatchNormalization", x, *statistics, name="again"), ["N", 3])
-    model = capture.from_proto(net.model())
+    model = from_proto(net.model())
     view = TORCH.view(model).train()
     inputs = feeds(net.model())
     assert distance(run(net.model(), inputs), TORCH.session(view).run(inputs)) <= 1e-6
@@ -201,7 +202,7 @@ def test_scalars_constants_and_infinities_are_not_trained():
     x = net.node("Add", x, net.weight("mask", np.array([0, -np.inf], np.float32)))
     x = net.node("Add", x, net.node("Constant", value_floats=[1.0, 2.0]))
     net.output(net.node("Add", x, net.weight("bias", np.ones(2, np.float32))), ["N", 2])
-    view = TORCH.view(capture.from_proto(net.model()))
+    view = TORCH.view(from_proto(net.model()))
     assert list(TORCH.weights(view)) == ["bias"] and len(list(view.parameters())) == 1
     assert TORCH.session(view).run({"x": np.ones((1, 2), np.float32)})["add4"].tolist() == [[2.5, -np.inf]]
 
@@ -218,7 +219,7 @@ def test_inputs_and_weights_may_be_called_anything():
         factor = net.weight(f"{name}.training", np.full(1, index, np.float32))
         terms.append(net.node("Mul", name, factor, name=f"term{index}"))
     net.output(net.node("Sum", *terms, name="forward"), ["N"])
-    session = TORCH.session(TORCH.view(capture.from_proto(net.model())))
+    session = TORCH.session(TORCH.view(from_proto(net.model())))
     inputs = {name: np.full(2, 10.0**i, np.float32) for i, name in enumerate(AWKWARD)}
     assert session.inputs == tuple(AWKWARD)
     assert distance(run(net.model(), inputs), session.run(inputs)) == 0
@@ -231,7 +232,7 @@ def test_rows_that_are_picked_at_run_time_are_an_embedding():
     net = Net("rows")
     rows = net.weight("rows.weight", net.random(5, 3))
     net.output(net.node("Gather", rows, net.input("ids", ["N"], np.int64), name="y"), ["N", 3])
-    view = TORCH.view(capture.from_proto(net.model()))
+    view = TORCH.view(from_proto(net.model()))
     assert type(view.get_submodule("rows")) is nn.Embedding
     ids = np.array([0, -1, 4, 2])
     assert distance(run(net.model(), {"ids": ids}), TORCH.session(view).run({"ids": ids})) == 0
@@ -261,7 +262,7 @@ def test_what_was_not_trained_is_not_touched(name):
 def test_trained_weights_come_home(name):
     """After two steps the model does in onnxruntime what the view does, to 1e-5; nothing but weights changed."""
     proto = NETWORKS[name]()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     before = floats(model)
     structure = [(n.name, n.op_type, [v and v.name for v in n.inputs]) for n in model.graph]
     view = TORCH.view(model).train()
@@ -355,7 +356,7 @@ def test_an_operator_without_a_rule_is_refused_in_one_line():
         net.node("If", net.weight("yes", np.bool_(True)), name="if", then_branch=branch, else_branch=branch), ["N"]
     )
     with pytest.raises(BadInput, match=r"trainable forms of If \(node_if\) are unknown; .* _torch_ops.py"):
-        TORCH.view(capture.from_proto(net.model()))
+        TORCH.view(from_proto(net.model()))
 
 
 def test_a_kind_that_a_rule_does_not_know_is_refused_in_one_line():
@@ -365,7 +366,7 @@ def test_a_kind_that_a_rule_does_not_know_is_refused_in_one_line():
     y = net.node("Resize", x, roi, scales, name="r", coordinate_transformation_mode="tf_crop_and_resize")
     net.output(y, ["N", 1, 8, 8])
     with pytest.raises(BadInput) as found:
-        TORCH.view(capture.from_proto(net.model()))
+        TORCH.view(from_proto(net.model()))
     assert str(found.value) == (
         "model cannot be trained: Resize (node_r) has coordinate_transformation_mode='tf_crop_and_resize', which has"
         " no trainable form; a rule for it belongs into _torch_ops.py"
@@ -379,7 +380,7 @@ def test_a_batch_norm_that_returns_its_statistics_is_refused():
     with pytest.raises(
         BadInput, match=r"BatchNormalization \(node_bn\) has training_mode=1, which has no trainable form"
     ):
-        TORCH.view(capture.from_proto(net.model()))
+        TORCH.view(from_proto(net.model()))
 
 
 def test_without_torch_one_line_says_what_to_install(monkeypatch):

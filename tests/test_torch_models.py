@@ -12,8 +12,9 @@ import onnx.backend.test
 import pytest
 
 import effc
-from effc import capture, registry
+from effc import registry
 from effc.backends.torch import Torch
+from effc.capture import load
 from tests.networks import distance, feeds, run
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def test_a_light_model_agrees_with_onnxruntime(path):
     """Their weights are constants, so many outputs are alike: to 1e-5."""
     proto = onnx.load(path)
     inputs = feeds(proto, batch=1)
-    view = TORCH.view(capture.load(path))
+    view = TORCH.view(load(path))
     assert distance(run(proto, inputs), TORCH.session(view).run(inputs)) <= 1e-5
 
 
@@ -55,7 +56,7 @@ def test_a_real_model_agrees_with_onnxruntime(name, batch):
     """To 1e-5 of the largest output, at a batch that the graph allows."""
     proto = onnx.load(shared(name))
     inputs = feeds(proto, batch=batch)
-    model = capture.load(shared(name))
+    model = load(shared(name))
     view = TORCH.view(model)
     assert distance(run(proto, inputs), TORCH.session(view).run(inputs)) <= 1e-5
     revision = model.revision

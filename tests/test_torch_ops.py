@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from effc import capture
 from effc.backends.torch import Torch
+from effc.capture import from_proto
 from tests.networks import distance, run
 
 pytest.importorskip("torch")
@@ -56,7 +56,7 @@ def single(
 
 
 def agree(proto: onnx.ModelProto, feeds: dict[str, np.ndarray], tolerance: float = 2e-6) -> None:
-    found = TORCH.session(TORCH.view(capture.from_proto(proto))).run(feeds)
+    found = TORCH.session(TORCH.view(from_proto(proto))).run(feeds)
     assert distance(run(proto, feeds), found) <= tolerance
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import pytest
 
-from effc import capture
 from effc.backends.torch import Torch
+from effc.capture import from_proto
 from effc.errors import BadInput
 from tests.conformance import calibration, put_through
 from tests.networks import NETWORKS, Net, distance, feeds, run
@@ -46,7 +46,7 @@ def train(view, inputs: dict[str, np.ndarray], steps: int = 3, rate: float = 0.0
 def test_a_masked_weight_stays_zero_through_training_and_in_the_model(network, weight):
     """A convolution's, a MatMul's in its own layout, a bias that is added, one that two layers share."""
     proto = NETWORKS[network]()
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     view = TORCH.view(model)
     before = numpy(view, weight)
     kept = np.random.default_rng(0).random(before.shape) < 0.5
@@ -62,7 +62,7 @@ def test_a_masked_weight_stays_zero_through_training_and_in_the_model(network, w
 
 
 def test_masked_weights_have_no_gradient_and_the_others_their_own():
-    view, free = (TORCH.view(capture.from_proto(NETWORKS["plain"]())) for _ in range(2))
+    view, free = (TORCH.view(from_proto(NETWORKS["plain"]())) for _ in range(2))
     weight = TORCH.weights(view)["fc.weight"]
     kept = np.arange(weight.numel()).reshape(weight.shape) % 3 != 0
     TORCH.mask(view, "fc.weight", kept)
@@ -74,14 +74,14 @@ def test_masked_weights_have_no_gradient_and_the_others_their_own():
 
 
 def test_a_second_mask_takes_the_place_of_the_first():
-    view = TORCH.view(capture.from_proto(NETWORKS["mlp"]()))
+    view = TORCH.view(from_proto(NETWORKS["mlp"]()))
     TORCH.mask(view, "fc2.weight", np.zeros((16, 12)))
     TORCH.mask(view, "fc2.weight", np.ones((16, 12)))
     assert (TORCH.state(view)["fc2.weight"] != 0).all()
 
 
 def test_a_mask_for_nothing_or_of_another_shape_is_refused():
-    view = TORCH.view(capture.from_proto(NETWORKS["plain"]()))
+    view = TORCH.view(from_proto(NETWORKS["plain"]()))
     with pytest.raises(BadInput, match=r"no weight 'bn1.running_mean' to mask; there are conv1.weight, bn1.weight"):
         TORCH.mask(view, "bn1.running_mean", np.ones(8))
     with pytest.raises(BadInput, match=r"the mask of 'fc.bias' is \(4,\), the weight \(5,\)"):
@@ -111,7 +111,7 @@ def coded(dtype: type, cast: bool) -> onnx.ModelProto:
 def test_a_codebook_is_one_parameter_whose_gradient_is_the_sum_of_its_weights(dtype, cast):
     """d/dC[k] = sum of d/dW over W[i] = C[k], to 1e-5 of the largest; the new codebook comes home."""
     proto = coded(dtype, cast)
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     view = TORCH.view(model)
     assert TORCH.weights(view).keys() == {"codebook", "bias"} and isinstance(view.get_submodule("node_conv"), nn.Conv2d)
     inputs = feeds(proto)
@@ -160,7 +160,7 @@ KINDS = [(np.int8, False, 0), (np.int8, True, 0), (np.uint8, True, 128), (np.uin
 def test_integer_weights_are_trained_and_stored_as_what_is_emitted(dtype, per_channel, zero):
     """Start: the decoded codes. After training the model's outputs are the view's, to 1e-6; the type stays."""
     proto = integers(dtype, per_channel, zero)
-    model = capture.from_proto(proto)
+    model = from_proto(proto)
     view = TORCH.view(model)
     inputs = feeds(proto)
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
@@ -168,7 +168,7 @@ def test_integer_weights_are_trained_and_stored_as_what_is_emitted(dtype, per_ch
     assert np.array_equal(numpy(view, "q"), (arrays["q"].astype(np.float32) - zero) * scale)
     assert distance(run(proto, inputs), TORCH.session(view).run(inputs)) <= 1e-6
     TORCH.write_back(view, model)
-    assert model.proto().SerializeToString(deterministic=True) == capture.from_proto(proto).proto().SerializeToString(
+    assert model.proto().SerializeToString(deterministic=True) == from_proto(proto).proto().SerializeToString(
         deterministic=True
     )
     train(view, inputs)
@@ -185,7 +185,7 @@ def test_integer_weights_are_trained_and_stored_as_what_is_emitted(dtype, per_ch
 def test_gradients_of_integer_weights_pass_through_rounding_and_end_at_the_range():
     """d/dV = d/dW where round(V / S) + Z is a code, 0 where it is not; ties go to the even code."""
     proto = integers(np.int8, per_channel=False)
-    view = TORCH.view(capture.from_proto(proto))
+    view = TORCH.view(from_proto(proto))
     weight = TORCH.weights(view)["q"]
     scale = torch.tensor(0.013)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_weights_of_seven_bits_keep_to_them():
     q = net.weight("q", np.array([[63, -63], [10, -20]], np.int8))
     weight = net.node("DequantizeLinear", q, net.weight("scale", np.float32(1)), name="weight")
     net.output(net.node("MatMul", net.input("x", ["N", 2]), weight, name="y"), ["N", 2])
-    model = capture.from_proto(net.model())
+    model = from_proto(net.model())
     view = TORCH.view(model)
     with torch.no_grad():
         TORCH.weights(view)["q"].mul_(2)
@@ -217,7 +217,7 @@ def test_long_integers_that_were_not_trained_keep_their_last_digits():
     q = net.weight("q", np.array([2**30 + 1, -(2**31 - 1), 5], np.int32))
     bias = net.node("DequantizeLinear", q, net.weight("scale", np.float32(2**-20)), name="bias")
     net.output(net.node("Add", net.input("x", ["N", 3]), bias, name="y"), ["N", 3])
-    model = capture.from_proto(net.model())
+    model = from_proto(net.model())
     view = TORCH.view(model)
     with torch.no_grad():
         TORCH.weights(view)["q"][2] += 2**-20
@@ -231,7 +231,7 @@ def test_integers_that_two_nodes_decode_are_not_trained():
     scales = [net.weight(n, np.float32(s)) for n, s in (("one", 1), ("two", 2))]
     terms = [net.node("DequantizeLinear", q, s, name=f"bias_{s}") for s in scales]
     net.output(net.node("Sum", x, *terms, name="y"), ["N", 2])
-    view = TORCH.view(capture.from_proto(net.model()))
+    view = TORCH.view(from_proto(net.model()))
     assert TORCH.session(view).run({"x": np.zeros((1, 2), np.float32)})["y"].tolist() == [[3, 6]]
 
 
@@ -252,7 +252,7 @@ def test_quantised_activations_are_exact_and_let_gradients_through_in_range(dtyp
     net.output(net.node("DequantizeLinear", pooled, scale, zero, name="y", axis=1), ["N", 3, 8, 8])
     net.output(q, ["N", 3, 8, 8], dtype)
     proto = net.model()
-    view = TORCH.view(capture.from_proto(proto))
+    view = TORCH.view(from_proto(proto))
     inputs = feeds(proto)
     assert distance(run(proto, inputs), TORCH.session(view).run(inputs)) == 0
     assert not list(view.parameters())
