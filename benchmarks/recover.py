@@ -1,0 +1,193 @@
+"""Training what passes left: the view against networks written by hand, and what recovery brings back.
+
+    python benchmarks/recover.py [view|recovery ...] [--networks resnet20 resnet56] [--epochs 4] [--threads 2]
+
+Needs networks and data in $EFFC_DATA and the packages torch and safetensors. `view`: outputs, the gradients of one step
+of SGD, and the time of an epoch, of the trainable view and of the same network written in PyTorch. `recovery`: the
+networks, batch norm live, at a half and a third of their multiply-accumulates (low-rank, by force), then trained on the
+25,000 training images with and without labels, beside the original trained on them alike; top-1 on the 5,000 test images.
+
+Exit status 1 when a mark is missed; the marks are listed under the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+import effc
+from effc.data import open_data
+from effc.evaluate import evaluate
+from effc.model import Model
+from effc.recover import Recover, train
+from effc.registry import backend, trainer
+
+CLOSE = 1e-5  # max|a - b| / max|a|
+DEPTHS = {"resnet20": 3, "resnet56": 9}
+SHARES = (0.5, 0.33)
+BATCH, STEPS = 128, 20
+
+
+class Block(nn.Module):
+    """Two 3 x 3 convolutions, a shortcut that drops pixels and pads channels (He et al. 2016, option A)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.stride, self.more = stride, (outputs - inputs) // 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.more:
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.more, self.more))
+        return F.relu(x + y)
+
+
+class ResNet(nn.Module):
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
+        widths = (16, 16, 32, 64)
+        for stage in (1, 2, 3):
+            first = Block(widths[stage - 1], widths[stage], 1 if stage == 1 else 2)
+            rest = [Block(widths[stage], widths[stage], 1) for _ in range(blocks - 1)]
+            setattr(self, f"layer{stage}", nn.Sequential(first, *rest))
+        self.linear = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean(dim=(2, 3)))
+
+
+class Bench:
+    def __init__(self, networks: list[str], epochs: int, threads: int) -> None:
+        self.networks, self.epochs, self.threads = networks, epochs, threads
+        self.missed: list[str] = []
+
+    def mark(self, what: str, found: float, most: float) -> None:
+        if not found <= most:
+            self.missed.append(f"{what}: {found:.3g}, at most {most:g} wanted")
+
+    def view(self) -> None:
+        """Outputs, gradients and time of the view against the hand-written network's."""
+        print("\n| network | outputs apart | a step's gradients apart | an epoch's time over the hand-written one's |")
+        print("| --- | --- | --- | --- |")
+        part = next(iter(open_data(data_file("cifar10-train")).batches(BATCH)))
+        x, y = (torch.from_numpy(np.asarray(a)) for a in (part.feeds["input"], part.labels.astype(np.int64)))
+        for network in self.networks:
+            own = hand_written(network)
+            model = captured(own)
+            view = trainer().view(model)
+            with torch.no_grad():
+                outputs = apart(own(x), view(x))
+            gradients = max(
+                apart(a.grad, b.grad) for a, b in zip(*(stepped(net, x, y) for net in (own, view)), strict=True)
+            )
+            ratio = self._ratio(own, view, x, y)
+            print(f"| {network} | {outputs:.1e} | {gradients:.1e} | {ratio:.2f} |", flush=True)
+            self.mark(f"{network}: outputs", outputs, CLOSE)
+            self.mark(f"{network}: gradients", gradients, CLOSE)
+            self.mark(f"{network}: an epoch's time", ratio, 1.1)
+
+    def _ratio(self, own: nn.Module, view: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
+        """Median of the ratio of steps in turns, single images apart: an epoch is 196 of them."""
+        ratios = []
+        for _ in range(STEPS):
+            times = []
+            for net in (own, view):
+                started = time.perf_counter()
+                stepped(net, x, y)
+                times.append(time.perf_counter() - started)
+            ratios.append(times[1] / times[0])
+        return float(np.median(ratios))
+
+    def recovery(self) -> None:
+        """Accuracy of split networks before and after training, beside the originals trained alike."""
+        print("\n| network | MACs | before | with labels | without labels | seconds | original, trained alike |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for network in self.networks:
+            original = captured(hand_written(network))
+            fair, _ = self._trained(original, original, labels=1.0)
+            for share in SHARES:
+                split = effc.optimize(
+                    original, f"low-rank{{macs={share}}}", calibrate=f"{data_file('cifar10-train')}{{limit=512}}",
+                    measure=False, force=True, threads=self.threads,
+                ).model  # fmt: skip
+                before = self._points(split)
+                hard, seconds = self._trained(split, original, labels=0.1)
+                soft, _ = self._trained(split, original, labels=0.0)
+                print(f"| {network} | {share} | {before:.2f} | {hard:.2f} | {soft:.2f} | {seconds:.0f} | {fair:.2f} |")
+                sys.stdout.flush()
+                if share == SHARES[0]:
+                    self.mark(f"{network} at {share}: points lost against the fair baseline", fair - hard, 0)
+
+    def _trained(self, model: Model, teacher: Model, labels: float) -> tuple[float, float]:
+        started = time.perf_counter()
+        how = Recover(epochs=self.epochs, labels=labels, augment="shift")
+        found = train(model, how, data=data_file("cifar10-train"), teachers=[teacher], threads=self.threads)
+        return self._points(found.model), time.perf_counter() - started
+
+    def _points(self, model: Model) -> float:
+        session = backend("onnxruntime").session(model, threads=self.threads)
+        data = open_data(data_file("cifar10-test")).for_model(model)
+        return evaluate({"model": session}, data, reference="model")["model"].points
+
+
+def hand_written(network: str) -> ResNet:
+    net = ResNet(DEPTHS[network])
+    net.load_state_dict(load_file(Path(os.environ["EFFC_DATA"], "models", f"{network}-cifar10.safetensors")))
+    return net.eval()
+
+
+def captured(net: nn.Module) -> Model:
+    return effc.capture(net, torch.zeros(2, 3, 32, 32), input_names=["input"])
+
+
+def stepped(net: nn.Module, x: torch.Tensor, y: torch.Tensor) -> list[Any]:
+    """The parameters of a network, in the order of their sizes and sums, after forward and backward in train mode."""
+    net.train()
+    net.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    with torch.no_grad():
+        return sorted(net.parameters(), key=lambda p: (p.ndim, p.numel(), float(p.double().sum())))
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / a.abs().max())
+
+
+def data_file(name: str) -> str:
+    return str(Path(os.environ["EFFC_DATA"], "data", f"{name}.yaml"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=["all", "view", "recovery"], default="all", help="any of them")
+    parser.add_argument("--networks", nargs="+", choices=list(DEPTHS), default=list(DEPTHS))
+    parser.add_argument("--epochs", type=int, default=4, help="of recovery")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    bench = Bench(options.networks, options.epochs, options.threads)
+    for part in ["view", "recovery"] if "all" in options.parts else options.parts:
+        getattr(bench, part)()
+    print(f"\n{len(bench.missed)} marks missed")
+    print("".join(f"- {line}\n" for line in bench.missed), end="")
+    return int(bool(bench.missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
