@@ -4,8 +4,8 @@
 
 Needs networks and data in $EFFC_DATA and the packages torch and safetensors. `view`: outputs, the gradients of one step
 of SGD, and the time of an epoch, of the trainable view and of the same network written in PyTorch. `recovery`: the
-networks, batch norm live, at a half and a third of their multiply-accumulates (low-rank, by force), then trained on the
-25,000 training images with and without labels, beside the original trained on them alike; top-1 on the 5,000 test images.
+networks, batch norm live, at a half and a third of their multiply-accumulates (low-rank, by force), then trained on
+the 25,000 training images with and without labels, beside the original trained alike; top-1 on the 5,000 test images.
 
 Exit status 1 when a mark is missed; the marks are listed under the tables.
 """
