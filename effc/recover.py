@@ -102,7 +102,7 @@ def recover(model: Model, how: Recover, context: Context) -> list[str]:
     """
     trainer, data = registry.trainer(), _data(context).for_model(model)
     if why := _obstacle(model):
-        raise BadInput(f"{model.name} cannot be trained: {why}")
+        raise BadInput(why)
     if how.labels == 1 and not data.labelled:
         raise BadInput("labels=1 trains on labels alone, and the training data have none: name them under labels")
     rest, held_out = _split(data, how.validation)
