@@ -29,7 +29,7 @@ from effc.evaluate import class_labels
 if TYPE_CHECKING:
     import torch
 
-EXPLODED = 1e3  # times the loss at the start
+EXPLODED = 1e3  # times the loss at the start, or times 1 where that was less
 Wanted = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
@@ -172,7 +172,7 @@ class Finetune:
         rng = np.random.default_rng([self.seed, epoch])
         torch.manual_seed(int(rng.integers(2**31)))
         self._train_mode()
-        limit = EXPLODED * max(self.fitted.scores[0][1], 1e-3)
+        limit = EXPLODED * max(self.fitted.scores[0][1], 1.0)
         total = count = 0
         advance = self.progress(f"epoch {epoch + 1} of {self.schedule.epochs}{self._told()}", len(self.data))
         batches = self.data.shuffled(int(rng.integers(2**31))).batches(self.schedule.batch)
