@@ -52,8 +52,8 @@ class Search:
     ) -> Attempt:
         """The attempt that does most damage and holds a limit, on the part of the data that is kept for choosing.
 
-        Amounts that were looked for have to hold it by one standard error: the largest of many that seem to hold does
-        so by luck in part. So does the first, where others are looked for whether it holds or not.
+        Amounts other than the first have to hold it by one standard error: the largest of many that seem to hold does
+        so by luck in part.
 
         Args:
             limit: points that may be lost.
@@ -71,7 +71,7 @@ class Search:
 
         def holds(step: int) -> bool:
             drop = self.guard.drop(spent(step).model)
-            doubt = self.guard.drop_error(tried[step].model) if step or upwards else 0.0
+            doubt = self.guard.drop_error(tried[step].model) if step else 0.0
             return drop is not None and drop + doubt <= limit
 
         rising, step = holds(0), 0
