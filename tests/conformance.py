@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 
 import numpy as np
 import onnx
@@ -55,8 +56,9 @@ BOUNDS: dict[str, float] = {"int8": 0.1, "low-rank": 0.6, "recover": 10.0}
 
 
 def pass_names() -> list[str]:
-    """The passes that rewrite something themselves."""
-    return [name for name in registry.pass_names() if name != "repeat"]
+    """The passes that rewrite something themselves, and can do so here."""
+    left_out = {"repeat"} if find_spec("torch") else {"repeat", "recover"}
+    return [name for name in registry.pass_names() if name not in left_out]
 
 
 def recipe(name: str) -> str:

@@ -10,7 +10,7 @@ from onnx import shape_inference
 
 import effc
 from effc.history import KEPT, UNCHANGED
-from effc.registry import pass_names
+from tests.conformance import pass_names
 from tests.networks import Net, distance, feeds, run
 
 COMMON = settings(
@@ -20,9 +20,11 @@ EXACT_BOUND = 3e-4  # of the largest output: each exact pass promises less
 INT8_BOUND = 0.15  # 7-bit weights through up to eight layers; ranges are those of the very samples compared
 SAMPLES = 8
 SPLIT = "low-rank{damage=0.01}"
+TRAIN = "recover{epochs=1, batch=8, learning_rate=0.001, validation=0.25}"
 SPLIT_BOUND = 0.6  # random weights are far from low rank, and the samples are few
 PASSES = [
-    "simplify", "fold-batchnorm", "int8", "int8{calibrator=minmax, rounding=nearest, bias_correction=false}", SPLIT
+    "simplify", "fold-batchnorm", "int8", "int8{calibrator=minmax, rounding=nearest, bias_correction=false}", SPLIT,
+    *([TRAIN] if "recover" in pass_names() else []),
 ]  # fmt: skip
 
 
@@ -126,6 +128,7 @@ def test_passes_in_any_order_stay_near_the_original(proto, recipe):
         proto,
         ",".join(recipe),
         calibrate={"source": lambda: batches(proto)},
+        train={"source": lambda: batches(proto)},
         measure=False,
         force=True,
         target_name="onnxruntime-avx2",
@@ -156,4 +159,4 @@ def test_the_same_model_gives_the_same_bytes(proto):
 
 
 def test_every_registered_pass_is_tried():
-    assert {name.partition("{")[0] for name in PASSES} == {*pass_names()} - {"repeat"}
+    assert {name.partition("{")[0] for name in PASSES} == {*pass_names()}
