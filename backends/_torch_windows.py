@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx_ir as ir
 import torch
@@ -118,6 +118,36 @@ def crops(
     return less + more if auto_pad == "SAME_UPPER" else more + less
 
 
+class _Windows(NamedTuple):
+    """Where a pool's windows lie on an input.
+
+    Attributes:
+        steps, gaps: strides and dilations.
+        pads: begins, then ends; resolved.
+        extra: what a last window reaches beyond the pads, in the same order.
+    """
+
+    steps: tuple[int, ...]
+    gaps: tuple[int, ...]
+    pads: list[int]
+    extra: list[int]
+
+
+def _windows(
+    x: Tensor,
+    kernel: Sequence[int],
+    pads: Sequence[int] | None,
+    strides: Sequence[int] | None,
+    dilations: Sequence[int] | None,
+    auto_pad: str,
+    ceil_mode: int,
+) -> _Windows:
+    ones = [1] * len(kernel)
+    steps, gaps = tuple(strides or ones), tuple(dilations or ones)
+    widths = around(x, kernel, pads, steps, gaps, auto_pad)
+    return _Windows(steps, gaps, widths, _overhang(x, kernel, steps, gaps, widths, bool(ceil_mode)))
+
+
 def _overhang(
     x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int], pads: Sequence[int], up: bool
 ) -> list[int]:
@@ -144,13 +174,10 @@ def max_pool(
     ceil_mode: int = 0,
     storage_order: int = 0,
 ) -> Tensor:
-    spatial = len(kernel_shape)
-    steps, gaps = strides or [1] * spatial, dilations or [1] * spatial
-    widths = around(x, kernel_shape, pads, steps, gaps, auto_pad)
-    extra = _overhang(x, kernel_shape, steps, gaps, widths, bool(ceil_mode))
+    steps, gaps, widths, extra = _windows(x, kernel_shape, pads, strides, dilations, auto_pad, ceil_mode)
     values = x if x.is_floating_point() else x.float()  # codes of 8 bits
     padded = surround(values, [a + b for a, b in zip(widths, extra, strict=True)], -math.inf)
-    return MAX_POOLS[spatial](padded, tuple(kernel_shape), tuple(steps), 0, tuple(gaps)).to(x.dtype)
+    return MAX_POOLS[len(kernel_shape)](padded, tuple(kernel_shape), steps, 0, gaps).to(x.dtype)
 
 
 @function("AveragePool")
@@ -166,14 +193,11 @@ def average_pool(
     count_include_pad: int = 0,
 ) -> Tensor:
     """Sums over windows by how many positions they hold, those of the padding included or not."""
-    spatial = len(kernel_shape)
-    steps, gaps = strides or [1] * spatial, dilations or [1] * spatial
-    widths = around(x, kernel_shape, pads, steps, gaps, auto_pad)
-    extra = _overhang(x, kernel_shape, steps, gaps, widths, bool(ceil_mode))
+    steps, gaps, widths, extra = _windows(x, kernel_shape, pads, strides, dilations, auto_pad, ceil_mode)
 
     def sums(values: Tensor) -> Tensor:
         ones = values.new_ones(values.shape[1], 1, *kernel_shape)
-        return CONVOLUTIONS[spatial](values, ones, None, tuple(steps), 0, tuple(gaps), values.shape[1])
+        return CONVOLUTIONS[len(kernel_shape)](values, ones, None, steps, 0, gaps, values.shape[1])
 
     counted = x.new_ones(1, 1, *x.shape[2:])
     counted = surround(surround(counted, widths, 1.0 if count_include_pad else 0.0), extra)

@@ -150,8 +150,9 @@ def optimize(
     )
     given = {"calibrate": calibration, "evaluate": evaluation, "train": training}
     data = {name: each.digest for name, each in given.items() if each is not None}
-    if replay is not None and replay.data.get("calibrate") != data.get("calibrate"):
-        raise BadInput("the report to replay was made with other calibration data; give the same --calibrate SPEC")
+    for role, what in (("calibrate", "calibration"), ("train", "training")):
+        if replay is not None and replay.data.get(role) != data.get(role):
+            raise BadInput(f"the report to replay was made with other {what} data; give the same --{role} SPEC")
     with collection_paused():
         before = Snapshot(cost(original, batch, dims).total, stored_size(original), len(original.graph))
     history = History(

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from effc.errors import BadInput
+from effc.evaluate import are_probabilities
 
 if TYPE_CHECKING:
     import torch
 
-SUM_TOLERANCE = 1e-3  # rows that sum to 1 within it, and have no negative number, hold probabilities
 FLOOR = 1e-12  # of a probability whose logarithm is taken
 
 
@@ -129,10 +129,3 @@ def ensemble(
 
 def _floored(array: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
     return np.maximum(np.asarray(array), FLOOR)
-
-
-def are_probabilities(output: np.ndarray) -> bool:
-    """Whether rows of class scores [N, C] are probabilities: not negative, and of sum 1."""
-    if output.ndim != 2 or output.shape[1] < 2 or output.dtype.kind != "f":
-        return False
-    return bool((output >= 0).all() and (np.abs(output.sum(axis=1) - 1) < SUM_TOLERANCE).all())

@@ -247,10 +247,17 @@ def divergence(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     finite = np.asarray(np.isfinite(b).all(axis=1))
     b = np.where(finite[:, None], b, 0.0)
-    log = _log_of_shares if (a >= 0).all() and (np.abs(a.sum(axis=1) - 1) < SUM_TOLERANCE).all() else _log_softmax
+    log = _log_of_shares if are_probabilities(a) else _log_softmax
     p, q = log(a), log(b)
     # Rounding may leave a divergence of nothing just below zero.
     return np.where(finite, np.maximum(np.sum(np.exp(p) * (p - q), axis=1), 0.0), np.inf)
+
+
+def are_probabilities(output: np.ndarray) -> bool:
+    """Whether the rows of class scores [N, C > 1] are probabilities: not negative, and of sum 1."""
+    if output.ndim != 2 or output.shape[1] < 2 or output.dtype.kind != "f":
+        return False
+    return bool((output >= 0).all() and (np.abs(output.sum(axis=1) - 1) < SUM_TOLERANCE).all())
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

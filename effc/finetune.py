@@ -131,6 +131,7 @@ class Finetune:
             self._judge()
             if not math.isfinite(self.fitted.scores[0][1]):
                 raise BadInput("the loss of the model as it is given is no number: check the data and the teacher")
+            self._save(0, optimizer)  # a place that cannot be written to shows before any training
         steps = sum(1 for _ in self._sizes())
         for epoch in range(start, schedule.epochs):
             if (why := self._epoch(epoch, steps, optimizer)) is not None:
@@ -275,8 +276,12 @@ class Finetune:
             "best": self._best, "fitted": vars(self.fitted),
         }  # fmt: skip
         part = self.checkpoint.with_name(f"{self.checkpoint.name}.part")
-        torch.save(content, part)
-        os.replace(part, self.checkpoint)  # at once: a kill leaves the one before
+        try:
+            with part.open("wb") as file:
+                torch.save(content, file)
+            os.replace(part, self.checkpoint)  # at once: a kill leaves the one before
+        except OSError as error:
+            raise BadInput(f"the checkpoint {self.checkpoint} cannot be written: {error.strerror}") from error
 
     def _resumed(self, optimizer: torch.optim.Optimizer) -> int:
         """The epoch to go on with."""

@@ -26,9 +26,9 @@ from effc.augment import Augment
 from effc.capture import capture
 from effc.contract import Context, Pass, Progress, Proposal, Skipped, no_progress
 from effc.data import Data, open_data
-from effc.distillation import Loss, are_probabilities, ensemble
+from effc.distillation import Loss, ensemble
 from effc.errors import BadInput
-from effc.evaluate import Score, evaluate
+from effc.evaluate import Score, are_probabilities, evaluate
 from effc.finetune import Finetune, Fitted, Schedule, Wanted, device, reestimate, torch_threads
 from effc.model import Model, constant_tensor
 from effc.runtime import Session

@@ -50,6 +50,8 @@ class Filters(Method):
     def _leading(self, d: int) -> np.ndarray:
         """The directions [N, d] along which outputs have most power, most first."""
         n = self.layer.outputs
+        if not d:
+            return np.zeros((n, 0))
         if n <= WIDE:
             return self._directions[1][:, :d]
         return linalg.eigh(self._power, subset_by_index=(n - d, n - 1), check_finite=False)[1][:, ::-1]

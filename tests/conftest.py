@@ -1,5 +1,9 @@
-"""Tests run as on a machine that was never calibrated: its user's own target is neither read nor replaced."""
+"""Tests run as on a machine that was never calibrated: its user's own target is neither read nor replaced.
 
+What is marked `models` needs real models and data, in the folder that EFFC_DATA names, and is skipped without it.
+"""
+
+import os
 import tempfile
 
 import pytest
@@ -14,3 +18,12 @@ def pytest_configure(config: pytest.Config) -> None:
     patch.setenv("OMP_NUM_THREADS", "1")
     config.add_cleanup(folder.cleanup)
     config.add_cleanup(patch.undo)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "EFFC_DATA" in os.environ:
+        return
+    absent = pytest.mark.skip(reason="EFFC_DATA is not set to the folder of models and data")
+    for item in items:
+        if item.get_closest_marker("models"):
+            item.add_marker(absent)

@@ -360,11 +360,6 @@ def test_shufflenet_by_hand():
     assert cost(load(LIGHT / "light_shufflenet.onnx")).total.macs == macs
 
 
-NO_DATA = pytest.mark.skipif(
-    "EFFC_DATA" not in os.environ, reason="EFFC_DATA is not set to the folder of models and data"
-)
-
-
 def real_total(name: str) -> Cost:
     found = cost(load(Path(os.environ["EFFC_DATA"], "models", name)))
     assert not found.unknown
@@ -372,7 +367,6 @@ def real_total(name: str) -> Cost:
 
 
 @pytest.mark.models
-@NO_DATA
 @pytest.mark.parametrize(("blocks", "millions", "parameters"), [(3, 40.55, 0.27e6), (9, 125.49, 0.85e6)])
 def test_cifar_resnets_have_their_published_cost(blocks, millions, parameters):
     """He et al. 2016, section 4.2: 0.27 M and 0.85 M parameters; multiply-adds by the sum over the layers."""
@@ -386,7 +380,6 @@ def test_cifar_resnets_have_their_published_cost(blocks, millions, parameters):
 
 
 @pytest.mark.models
-@NO_DATA
 def test_mobilenet_has_its_published_cost():
     """Howard et al. 2017, table 1 at a quarter of the width; their table 6 says 41 M and 0.5 M parameters."""
     by_hand, n, side = 112**2 * 8 * 27 + 256 * 1000, 8, 112

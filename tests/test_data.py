@@ -454,7 +454,6 @@ def test_a_share_is_between_0_and_1(images, share):
 
 
 @pytest.mark.models
-@pytest.mark.skipif("EFFC_DATA" not in os.environ, reason="EFFC_DATA is not set to the folder of models and data")
 @pytest.mark.parametrize(
     ("name", "count", "shape"),
     [("cifar10-test", 5000, (3, 32, 32)), ("mnist-test", 5000, (1, 28, 28)), ("imagenet-500", 500, (3, 224, 224))],

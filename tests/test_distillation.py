@@ -5,8 +5,9 @@ import pytest
 from scipy.special import log_softmax, softmax
 from scipy.stats import entropy
 
-from effc.distillation import Loss, are_probabilities, ensemble
+from effc.distillation import Loss, ensemble
 from effc.errors import BadInput
+from effc.evaluate import are_probabilities
 
 torch = pytest.importorskip("torch")
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # float32 sums
@@ -96,8 +97,3 @@ def test_one_teacher_is_taken_at_its_word():
 def test_teachers_must_match(other, text):
     with pytest.raises(BadInput, match=text):
         ensemble([{"y": TEACHER}, other], "arithmetic")
-
-
-def test_what_probabilities_are():
-    assert are_probabilities(softmax(TEACHER, 1)) and not are_probabilities(TEACHER)
-    assert not are_probabilities(np.ones((3, 1), np.float32)) and not are_probabilities(np.eye(3, dtype=np.int64))

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, top_k_accuracy_score
 
 from effc.data import Data, open_data
 from effc.errors import BadInput
-from effc.evaluate import Score, damage, divergence, evaluate, paired_p
+from effc.evaluate import Score, are_probabilities, damage, divergence, evaluate, paired_p
 
 SAMPLES, CLASSES = 70, 12
 
@@ -277,7 +277,6 @@ def test_exact_mcnemar():
 
 
 @pytest.mark.models
-@pytest.mark.skipif("EFFC_DATA" not in os.environ, reason="EFFC_DATA is not set to the folder of models and data")
 @pytest.mark.parametrize(
     ("model", "data", "top1"),
     [("resnet20-cifar10", "cifar10-test", 0.8122), ("mobilenet_v1_025-imagenet", "imagenet-500", 0.564)],
@@ -295,3 +294,9 @@ def test_stated_accuracy_of_real_models(model, data, top1):
 
     score = evaluate({"a": Real()}, open_data(folder / "data" / f"{data}.yaml"), reference="a")["a"]
     assert score.value == pytest.approx(top1, abs=1e-9)
+
+
+def test_what_probabilities_are():
+    logits = np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32) * 3
+    assert are_probabilities(softmax(logits, 1)) and not are_probabilities(logits)
+    assert not are_probabilities(np.ones((3, 1), np.float32)) and not are_probabilities(np.eye(3, dtype=np.int64))

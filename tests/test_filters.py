@@ -141,6 +141,19 @@ def test_no_rank_is_offered_where_none_saves():
     assert list(Filters(layer(16, 16, 3, 3)).settings(16)) == []  # 16 x (144 + 16) is more than 16 x 144
 
 
+@KNOWN
+@pytest.mark.parametrize("rank", [0, 3, 10])
+def test_wide_layers_are_decomposed_as_far_as_needed(monkeypatch, rank, known):
+    """In single precision, and only the directions that are kept: the same approximation, to 1e-5."""
+    of = layer(10, 4, 3, 3)
+    whole = Filters(of, covariance(of, known))
+    expected, errors = compose(whole.fit({"rank": rank})), whole.errors([{"rank": r} for r in range(11)])
+    monkeypatch.setattr("effc.passes._filters.WIDE", 4)
+    wide = Filters(of, covariance(of, known))
+    np.testing.assert_allclose(compose(wide.fit({"rank": rank})), expected, atol=1e-5 * np.abs(of.matrix).max())
+    np.testing.assert_allclose(wide.errors([{"rank": r} for r in range(11)]), errors, atol=1e-6)
+
+
 # --- filters in three parts -----------------------------------------------------------------------------------------
 
 

@@ -103,7 +103,10 @@ def test_a_teacher_is_enough(stored):
     teacher = X @ RNG.normal(size=(6, 4)).astype(np.float32) * 3
     rows = {row.tobytes(): answer for row, answer in zip(X, teacher, strict=True)}
     view = View(norm=False)
-    wanted = lambda feeds: {"y": np.stack([rows[row.tobytes()] for row in feeds["x"]])}  # noqa: E731
+
+    def wanted(feeds):
+        return {"y": np.stack([rows[row.tobytes()] for row in feeds["x"]])}
+
     schedule = Schedule(epochs=40, batch=16, learning_rate=0.1)
     fitted = finetune(view, stored, schedule, Loss(2.0, 0.0), wanted=wanted, labels=False).run()
     assert fitted.scores[fitted.best][1] < 0.1 * fitted.scores[0][1]
@@ -150,6 +153,13 @@ def test_a_checkpoint_of_another_run_is_refused(stored, tmp_path):
     (tmp_path / "d").write_bytes(b"nothing")
     with pytest.raises(BadInput, match="is no checkpoint of effc"):
         finetune(View(), stored, schedule, checkpoint=tmp_path / "d", key="b").run()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_refused_before_training(stored, tmp_path):
+    run = finetune(View(), stored, Schedule(epochs=1, batch=16), checkpoint=tmp_path / "none" / "c", key="a")
+    with pytest.raises(BadInput, match=r"the checkpoint .* cannot be written: No such file or directory"):
+        run.run()
+    assert not run.fitted.losses
 
 
 def test_patience(stored):

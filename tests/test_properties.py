@@ -36,7 +36,10 @@ def graphs(draw) -> onnx.ModelProto:
     """
     layers, seed = draw(st.integers(3, 12)), draw(st.integers(0, 10**6))
     rng = np.random.default_rng([layers, seed])
-    choose = lambda *options: options[rng.integers(len(options))]  # noqa: E731
+
+    def choose(*options):
+        return options[rng.integers(len(options))]
+
     net = Net(f"graph {layers} {seed}", opset=choose(11, 13, 17, 18))
     size, channels = choose(6, 8), choose(1, 3, 4, 16)
     alive = [(net.input("x", ["N", channels, size, size]), channels)]  # of one size, each with its channels

@@ -108,6 +108,12 @@ def test_the_seed_decides_all_that_is_random(digits, tmp_path):
     assert one.SerializeToString() == same.SerializeToString() != other.SerializeToString()
 
 
+def test_a_replay_needs_the_same_training_data(digits):
+    first = optimize(digits, f"low-rank{{macs=0.3}}, {HOW}").history
+    with pytest.raises(BadInput, match="made with other training data; give the same --train SPEC"):
+        optimize(digits, first.recipe, replay=first, train=samples(0, 800))
+
+
 def test_a_model_that_is_its_own_teacher_stays_as_it_is(digits):
     found = optimize(digits, HOW, train=samples(0, 900, False))
     assert found.history.stages[0].status == UNCHANGED

@@ -1,5 +1,6 @@
 """effc.report: the console and the page say what the history holds, and markup in names stays text."""
 
+import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -14,9 +15,8 @@ from tests.test_history import history
 
 
 def text(whole) -> str:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console.file:
-        console.print(report(whole))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report(whole))
     return console.export_text()
 
 

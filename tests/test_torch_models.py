@@ -31,14 +31,12 @@ CALIBRATION = {
     "vgg-small-cifar10": "cifar10-train.yaml",
     "mobilenet_v1_025-imagenet": "imagenet-500.yaml",
 }
-needs_data = pytest.mark.skipif("EFFC_DATA" not in os.environ, reason="EFFC_DATA is not set to the folder of models")
 
 
 def shared(name: str) -> Path:
     return Path(os.environ["EFFC_DATA"], "models", f"{name}.onnx")
 
 
-@pytest.mark.models
 @pytest.mark.parametrize("path", LIGHT, ids=lambda path: path.stem)
 def test_a_light_model_agrees_with_onnxruntime(path):
     """Their weights are constants, so many outputs are alike: to 1e-5."""
@@ -49,7 +47,6 @@ def test_a_light_model_agrees_with_onnxruntime(path):
 
 
 @pytest.mark.models
-@needs_data
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", SHARED)
 def test_a_real_model_agrees_with_onnxruntime(name, batch):
@@ -85,7 +82,6 @@ class Forced(torch.fx.Interpreter):
 
 
 @pytest.mark.models
-@needs_data
 @pytest.mark.parametrize("name", CALIBRATION)
 def test_int8_codes_are_onnxruntimes_layer_by_layer(name):
     """On the same input a layer's code differs by one at most, where the sum lies at a tie: in 0.1 % of all at most."""
