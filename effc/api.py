@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,17 @@ class Result:
 
     model: Model
     history: History
+
+    @cached_property
+    def module(self) -> Any:
+        """The optimised model as a trainable `torch.fx.GraphModule` (docs/torch_view.md); needs PyTorch.
+
+        After training, `registry.trainer().write_back(result.module, result.model)` brings its weights into the model.
+
+        Raises:
+            BadInput: PyTorch is not installed, or an operator has no trainable form.
+        """
+        return registry.trainer().view(self.model)
 
 
 def optimize(

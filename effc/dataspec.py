@@ -36,7 +36,7 @@ _Divisor = Annotated[_Numbers | None, pydantic.AfterValidator(_no_zero)]
 class How(pydantic.BaseModel):
     """How stored samples are fed: (crop(resize(x)) / scale - mean) / std, images in NCHW."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     dtype: str | None = Field(default=None, description="a NumPy type to cast to, at last")
     layout: Literal["NCHW", "NHWC", "NHW"] | None = Field(default=None, description="NCHW (default), NHWC or NHW")
@@ -69,8 +69,9 @@ class InputSpec(How):
 class DataSpec(How):
     """What data there are and how they are fed. The keys of a data YAML file; each can be overridden inline."""
 
-    source: str | Callable[[], Iterator[Mapping[str, np.ndarray]]] = Field(
+    source: str | dict[str, np.ndarray] | Callable[[], Iterator[Mapping[str, np.ndarray]]] = Field(
         description=".npz file, folder of images, or module:function / file.py:function that yields batches"
+        " (Python: the function, or a dict of arrays)"
     )
     inputs: dict[str, InputSpec] = Field(default={}, description="a map of model input to array, or to its own keys")
     labels: str | None = Field(default=None, description="name of an array, or of a csv file in a folder")

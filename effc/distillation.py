@@ -50,7 +50,7 @@ class Loss:
         """The mean over samples, a scalar.
 
         Args:
-            made: the student's outputs.
+            made: the student's outputs; none where inner tensors alone count.
             wanted: the teacher's; empty without one.
             labels: [N] classes, or None.
             inner: pairs of the student's and the teacher's inner tensors.
@@ -58,7 +58,8 @@ class Loss:
         import torch
         from torch.nn import functional as F
 
-        total = torch.zeros((), device=next(iter(made.values())).device)
+        some = next((own for own, _ in inner), None) if not made else next(iter(made.values()))
+        total = torch.zeros((), device=None if some is None else some.device)
         if labels is not None and self.labels:
             name = next(name for name, output in made.items() if _scores(output))
             total = total + self.labels * F.cross_entropy(self._logits(name, made[name]), labels)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 EXPLODED = 1e3  # times the loss at the start, or times 1 where that was less
+Optimizer = Literal["sgd", "adam"]
 Wanted = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
@@ -40,6 +41,7 @@ class Schedule:
     Attributes:
         epochs: passes over the training data.
         batch: samples a step.
+        optimizer: SGD with Nesterov momentum, or Adam with the decay of weights apart (AdamW).
         learning_rate: at its highest.
         warmup: epochs over which it rises from 0.
         clip: largest norm of all gradients together.
@@ -50,6 +52,7 @@ class Schedule:
 
     epochs: int = 10
     batch: int = 128
+    optimizer: Optimizer = "sgd"
     learning_rate: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 1e-4
@@ -123,8 +126,11 @@ class Finetune:
         import torch
 
         schedule, view = self.schedule, self.view.to(self.device)
-        optimizer = torch.optim.SGD(
-            self._groups(), lr=schedule.learning_rate, momentum=schedule.momentum, nesterov=schedule.momentum > 0
+        rate, momentum = schedule.learning_rate, schedule.momentum
+        optimizer = (
+            torch.optim.SGD(self._groups(), lr=rate, momentum=momentum, nesterov=momentum > 0)
+            if schedule.optimizer == "sgd"
+            else torch.optim.AdamW(self._groups(), lr=rate)
         )
         start = self._resumed(optimizer)
         if not self.fitted.scores:
@@ -301,28 +307,6 @@ class Finetune:
         optimizer.load_state_dict(content["optimizer"])
         self._best, self.fitted = content["best"], Fitted(**copy.deepcopy(content["fitted"]))
         return content["epoch"]
-
-
-def reestimate(view: Any, inputs: Sequence[str], data: Data, batch: int, batches: int) -> None:
-    """Statistics of batch norms from data, as plain averages over so many batches; other weights stay."""
-    import torch
-
-    norms = [m for m in view.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    if not norms or not batches:
-        return
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-    view.train()
-    with torch.no_grad():
-        for number, part in enumerate(data.batches(batch)):
-            if number == batches:
-                break
-            view(*(torch.from_numpy(part.feeds[name]) for name in inputs))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-    view.eval()
 
 
 def device(wanted: str) -> str:

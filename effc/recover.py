@@ -17,7 +17,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 from pydantic import Field
 
 from effc import registry
@@ -29,8 +28,10 @@ from effc.data import Data, open_data
 from effc.distillation import Loss, ensemble
 from effc.errors import BadInput
 from effc.evaluate import Score, are_probabilities, evaluate
-from effc.finetune import Finetune, Fitted, Schedule, Wanted, device, reestimate, torch_threads
+from effc.finetune import Finetune, Fitted, Optimizer, Schedule, Wanted, device, torch_threads
 from effc.model import Model, constant_tensor
+from effc.piecewise import By, rewritten, train_parts
+from effc.reestimate import reestimate
 from effc.runtime import Session
 from effc.target import find as find_target
 
@@ -45,7 +46,15 @@ class Recover(Pass):
     recovers: ClassVar[bool] = True
 
     epochs: Annotated[int, Field(ge=0, description="passes over the training data")] = 10
-    learning_rate: Annotated[float, Field(gt=0, description="at its highest; it falls to 0 along a cosine")] = 0.01
+    by: Annotated[
+        By, Field(description="train the whole; or, for little data, rewritten blocks or layers one after the other")
+    ] = "whole"
+    optimizer: Annotated[
+        Optimizer | None, Field(description="SGD with momentum, or Adam; None: sgd for the whole, adam for parts")
+    ] = None
+    learning_rate: Annotated[
+        float | None, Field(gt=0, description="at its highest, then along a cosine to 0; None: 0.01, with adam 0.001")
+    ] = None
     batch: Annotated[int, Field(ge=2, description="samples a step")] = 128
     labels: Annotated[
         float, Field(ge=0, le=1, description="weight of the labels; the teacher has the rest; 1: no teacher")
@@ -103,15 +112,17 @@ def recover(model: Model, how: Recover, context: Context) -> list[str]:
     trainer, data = registry.trainer(), _data(context).for_model(model)
     if why := _obstacle(model):
         raise BadInput(why)
+    if how.by != "whole":
+        return _part_by_part(model, how, context)
     if how.labels == 1 and not data.labelled:
         raise BadInput("labels=1 trains on labels alone, and the training data have none: name them under labels")
     rest, held_out = _split(data, how.validation)
     labelled = data.labelled and how.labels > 0
     teachers = (context.teachers or (context.original,)) if how.labels < 1 else ()
-    features = rewritten(model, teachers) if how.features else []
+    inputs, outputs = [info.name for info in model.inputs], [info.name for info in model.outputs]
+    features = [name for name in rewritten(model, teachers) if name not in outputs] if how.features else []
     sessions = [context.backend.session(t, threads=context.threads, expose=features) for t in teachers]
     wanted, probabilities = _teaching(sessions, held_out, how)
-    inputs, outputs = [info.name for info in model.inputs], [info.name for info in model.outputs]
     loss = Loss(how.temperature, how.labels if labelled else 0.0, how.features / max(len(features), 1), probabilities)
     with torch_threads(context.threads):
         view = trainer.view(model, expose=features)
@@ -124,28 +135,6 @@ def recover(model: Model, how: Recover, context: Context) -> list[str]:
         fitted = training.run()
     trainer.write_back(view, model)
     return [_told(fitted, how, len(held_out))]
-
-
-def rewritten(model: Model, teachers: Sequence[Model]) -> list[str]:
-    """Inner tensors that all models have, of one shape, and that other nodes make in the model than in its teachers."""
-    if not teachers:
-        return []
-    outputs = {info.name for info in model.outputs}
-    own, *others = (_made(each) for each in (model, *teachers))
-    return [
-        name for name, (node, *kind) in own.items()
-        if name not in outputs and all(name in o and o[name][0] != node and o[name][1:] == (*kind,) for o in others)
-    ]  # fmt: skip
-
-
-def _made(model: Model) -> dict[str, tuple]:
-    """Float tensor of known shape -> the node that makes it, and the shape."""
-    shapes = model.shapes()
-    values = [(value, node) for node in model.graph for value in node.outputs]
-    return {
-        value.name: (node.name, shapes[value.name]) for value, node in values
-        if shapes.get(value.name) and value.dtype in (None, ir.DataType.FLOAT)
-    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -227,6 +216,13 @@ def _trainable(value: Any) -> bool:
     return tensor is not None and tensor.dtype.is_floating_point()
 
 
+def _part_by_part(model: Model, how: Recover, context: Context) -> list[str]:
+    if how.checkpoint is not None or len(context.teachers) > 1 or how.labels == 1:
+        raise BadInput(f"by={how.by} takes one teacher, no labels=1 and no checkpoint: they are for by=whole")
+    teacher = context.teachers[0] if context.teachers else context.original
+    return train_parts(model, teacher, how.by, _schedule(how), how.validation, context)
+
+
 def _split(data: Data, share: float) -> tuple[Data, Data]:
     """Training data, and those that are held out."""
     share = min(share, HELD_OUT / max(len(data), 1))
@@ -251,7 +247,10 @@ def _teaching(sessions: Sequence[Session], data: Data, how: Recover) -> tuple[Wa
 
 def _schedule(how: Recover) -> Schedule:
     names = Schedule.__dataclass_fields__
-    return Schedule(**{name: value for name, value in asdict(how).items() if name in names})
+    given = {name: value for name, value in asdict(how).items() if name in names and value is not None}
+    optimizer: Optimizer = how.optimizer or ("sgd" if how.by == "whole" else "adam")
+    rate = how.learning_rate or {"sgd": 0.01, "adam": 0.001}[optimizer]
+    return Schedule(**given | {"optimizer": optimizer, "learning_rate": rate})
 
 
 def _key(model: Model, how: Recover, context: Context) -> str:

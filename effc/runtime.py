@@ -121,6 +121,10 @@ class Trainer(Protocol):
         """
         ...
 
+    def weights(self, view: Any) -> Mapping[str, Any]:
+        """Initializer -> the framework's tensor that is trained for it, or holds its statistics."""
+        ...
+
     def write_back(self, view: Any, model: Model) -> None:
         """Put a view's weights into the model that it was made of. What was not trained stays as it is.
 

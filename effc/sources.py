@@ -51,9 +51,32 @@ class Source(ABC):
         """The named arrays of these samples, `size` at a time. Images come as a list of [H, W, C] uint8 arrays."""
 
 
-class Npz(Source):
+class Stored(Source):
+    """Whole arrays, name by name; the first axis is that of the samples."""
+
+    @abstractmethod
+    def array(self, name: str) -> np.ndarray: ...
+
+    def count(self, names: Sequence[str], stop: int | None) -> int:
+        shapes = {name: self.array(name).shape for name in names}
+        lengths = {shape[0] if shape else -1 for shape in shapes.values()}
+        if len(lengths) != 1 or -1 in lengths:
+            raise BadInput(
+                f"{self.name}: the arrays differ in samples along their first axis, {shapes}: "
+                "name those that belong together with inputs and labels"
+            )
+        return lengths.pop()
+
+    def chunks(self, rows: Rows, size: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+        for begin in range(0, len(rows), size):
+            part = rows[begin : begin + size]
+            index = slice(part.start, part.stop, part.step) if isinstance(part, range) else part
+            yield {name: self.array(name)[index] for name in names}
+
+
+class Npz(Stored):
     def __init__(self, path: Path) -> None:
-        self.name, self.path = path.stem, path
+        self.name, self.path = path.name, path
         self._loaded: dict[str, np.ndarray] = {}
         self._open()
 
@@ -77,21 +100,31 @@ class Npz(Source):
             self._loaded[name] = self._open(name)
         return self._loaded[name]
 
-    def count(self, names: Sequence[str], stop: int | None) -> int:
-        shapes = {name: self.array(name).shape for name in names}
-        lengths = {shape[0] if shape else -1 for shape in shapes.values()}
-        if len(lengths) != 1 or -1 in lengths:
-            raise BadInput(
-                f"{self.path.name}: the arrays differ in samples along their first axis, {shapes}: "
-                "name those that belong together with inputs and labels"
-            )
-        return lengths.pop()
 
-    def chunks(self, rows: Rows, size: int, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-        for begin in range(0, len(rows), size):
-            part = rows[begin : begin + size]
-            index = slice(part.start, part.stop, part.step) if isinstance(part, range) else part
-            yield {name: self.array(name)[index] for name in names}
+class Arrays(Stored):
+    """Arrays in memory."""
+
+    name = "arrays"
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
+
+    def _identify(self) -> str:
+        digest = hashlib.sha256()
+        for name in sorted(self._arrays):
+            _add(digest, name, self._arrays[name])
+        return digest.hexdigest()
+
+    def arrays(self) -> list[str]:
+        return list(self._arrays)
+
+    def array(self, name: str) -> np.ndarray:
+        return self._arrays[name]
+
+
+def _add(digest: Any, name: str, array: np.ndarray) -> None:
+    digest.update(f"{name}{array.dtype}{array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
 
 
 @functools.cache
@@ -189,8 +222,7 @@ class Function(Source):
         digest = hashlib.sha256()  # what it yields depends on what it holds: the samples themselves have to tell
         for offset, batch in self._stream():
             for name in sorted(batch):
-                digest.update(f"{name}{batch[name].dtype}{batch[name].shape}".encode())
-                digest.update(np.ascontiguousarray(batch[name]).tobytes())
+                _add(digest, name, batch[name])
             if offset > self.TELLING:
                 break
         return digest.hexdigest()
@@ -286,6 +318,8 @@ def is_function(text: str) -> bool:
 
 
 def open_source(spec: DataSpec, folder: Path) -> Source:
+    if isinstance(spec.source, Mapping):
+        return Arrays(spec.source)
     if callable(spec.source):
         return Function(spec.source, getattr(spec.source, "__name__", "function"))
     path = folder / spec.source

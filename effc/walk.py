@@ -17,6 +17,7 @@ import onnx_ir as ir
 from effc import edit
 from effc.data import Data, padded
 from effc.errors import BadInput
+from effc.extract import between, part
 from effc.model import Model, holds_graphs
 from effc.runtime import Backend
 
@@ -101,9 +102,9 @@ class Walk:
         entries = [v for v in node.inputs if v is not None and not v.is_initializer()]
         made = node.outputs[0].name
         before = other.to(*(v.name for v in entries))
-        part = other._part({node}, entries, node.outputs)
-        edit.set_initializer(part, part.value(node.inputs[1].name), weight)
-        session = self.backend.session(part, threads=self.threads)
+        alone = other._part({node}, entries, node.outputs)
+        edit.set_initializer(alone, alone.value(node.inputs[1].name), weight)
+        session = self.backend.session(alone, threads=self.threads)
         for batch, values in zip(other._batches, before, strict=True):
             batch[made] = session.run(values)[made] + shift
         other._done.add(node)
@@ -132,7 +133,7 @@ class Walk:
             for batch, feeds in zip(self._batches, self._feeds, strict=True):
                 batch |= _finite(session.run(feeds))
             return
-        needed, entries = _between([known[name] for name in names], self._batches[0].keys())
+        needed, entries = between([known[name] for name in names], self._batches[0].keys())
         # What others will read is an output as well.
         outputs = {v.name: v for node in needed for v in node.outputs if v.name in names or self._awaited(v, needed)}
         session = self.backend.session(self._part(needed, entries, list(outputs.values())), threads=self.threads)
@@ -145,21 +146,8 @@ class Walk:
         return [{**feeds, **batch} for feeds, batch in zip(self._feeds, self._batches, strict=True)]
 
     def _part(self, needed: Collection[ir.Node], entries: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> Model:
-        """The part of the model between some tensors and others, as a model of its own."""
-        graph, ordered = self.model.graph, [node for node in self.model.graph if node in needed]
-        weights = {v.name: v for node in ordered for v in node.inputs if v is not None and v.is_initializer()}
-        view = ir.GraphView(
-            entries, outputs, nodes=ordered, initializers=tuple(weights.values()), name=graph.name,
-            opset_imports=graph.opset_imports,
-        )  # fmt: skip
-        part = view.clone()
-        for value in (*part.inputs, *part.outputs):
-            value.shape = None if value.producer() is not None else _rank_only(value)
         known = self._known()[0]
-        for value, before in zip(part.inputs, entries, strict=True):
-            value.type = value.type or ir.TensorType(ir.DataType.from_numpy(known[before.name].dtype))
-        whole = ir.Model(part, ir_version=self.model.ir.ir_version, functions=self.model.ir.functions.values())
-        return Model(whole, self.model.name)
+        return part(self.model, needed, entries, outputs, {v.name: known[v.name].dtype for v in entries})
 
     def _awaited(self, value: ir.Value, running: Collection[ir.Node]) -> bool:
         if value.name in self._keep or value.is_graph_output():
@@ -173,21 +161,6 @@ class Walk:
             if not (name in self._keep or (name in known and not self._whole and self._awaited(known[name], ()))):
                 for batch in self._batches:
                     del batch[name]
-
-
-def _between(targets: Sequence[ir.Value], available: Collection[str]) -> tuple[set[ir.Node], list[ir.Value]]:
-    """The nodes that make some tensors of those available, and which of these they read."""
-    needed: set[ir.Node] = set()
-    entries: dict[str, ir.Value] = {}
-    waiting = list(targets)
-    while waiting:
-        value = waiting.pop()
-        if value.name in available or (value.is_graph_input() and not value.is_initializer()):
-            entries[value.name] = value
-        elif (node := value.producer()) is not None and node not in needed:
-            needed.add(node)
-            waiting += [v for v in node.inputs if v is not None]
-    return needed, list(entries.values())
 
 
 def _shifted(model: Model, node: ir.Node, weight: np.ndarray, shift: np.ndarray) -> Model:
@@ -204,10 +177,6 @@ def _shifted(model: Model, node: ir.Node, weight: np.ndarray, shift: np.ndarray)
     if out.is_graph_output():
         edit.hand_over_output(clone, out, add.outputs[0])
     return clone
-
-
-def _rank_only(value: ir.Value) -> ir.Shape | None:
-    return None if value.shape is None else ir.Shape([None] * len(value.shape))
 
 
 def _finite(values: Mapping[str, np.ndarray]) -> Values:

@@ -446,6 +446,38 @@ def test_optimize_takes_a_module():
     assert far(result.model, module, inputs("plain", 3)) <= CLOSE
 
 
+PASSES = ["simplify", "low-rank{macs=0.7, min_gain=1}", "recover{epochs=1, batch=16}", "fold-batchnorm", "int8"]
+
+
+@pytest.mark.parametrize("count", range(1, 1 + len(PASSES)))
+def test_optimize_gives_a_module_that_trains_after_every_pass(count):
+    """It is what onnxruntime runs: to rounding in float32, with codes of 8 bits to a step of the last; after a step of
+    SGD as well."""
+    rng = np.random.default_rng(0)
+    data = {"source": lambda: iter([{"image": rng.normal(size=(64, 3, 8, 8)).astype(np.float32)}])}
+    result = effc.optimize(
+        network("plain"), ",".join(PASSES[:count]), example_inputs=inputs("plain", 2), calibrate=data, train=data,
+        measure=False, force=True,
+    )  # fmt: skip
+    assert all(stage.status == "kept" for stage in result.history.stages[1:])
+    assert isinstance(result.module, torch.fx.GraphModule) and result.module is result.module
+    x, integers = inputs("plain", 5)[0], "int8" in PASSES[:count]
+    session = registry.backend("onnxruntime").session
+
+    def apart() -> float:
+        (made,) = session(result.model, optimize=False).run({"image": x.numpy()}).values()
+        return float(np.abs(made - result.module(x).detach().numpy()).max() / np.abs(made).max())
+
+    limit = 2 / 255 if integers else CLOSE
+    before = result.module(x).detach()
+    assert apart() <= limit
+    optimizer = torch.optim.SGD(result.module.parameters(), lr=0.1)
+    result.module(x).square().sum().backward()
+    optimizer.step()
+    registry.trainer().write_back(result.module, result.model)
+    assert apart() <= limit and (result.module(x) - before).abs().max() > 10 * limit * before.abs().max()
+
+
 def test_the_command_takes_program_files(command, monkeypatch, tmp_path, folder):
     captured("plain", "pt2", folder)
     path, small = folder / "plain.pt2", tmp_path / "small.onnx"

@@ -309,6 +309,22 @@ def test_memory_holds_no_float_copy(tmp_path):
 # --- binding to a model ---------------------------------------------------------------------------------------------
 
 
+def test_arrays_in_memory_are_as_those_of_a_file(images):
+    path, x, y = images
+    how = {"labels": "y", "shuffle": 3}
+    there = open_data({"source": path.with_name("some data.npz"), **how})
+    here = open_data({"source": {"x": x, "y": y}, **how})
+    np.testing.assert_array_equal(whole(here)["x"], whole(there)["x"])
+    np.testing.assert_array_equal(labels(*here.batches(7)), labels(*there.batches(7)))
+    assert len(here) == len(x) and not here.streamed
+    same, other = ({"source": {"x": a, "y": y}, **how} for a in (x.copy(), x + 1))
+    assert open_data(same).digest == here.digest != open_data(other).digest
+    with pytest.raises(BadInput, match="the arrays differ in samples along their first axis"):
+        open_data({"source": {"x": x, "y": y[1:]}})
+    with pytest.raises(BadInput, match=r"source: .* is not allowed"):
+        open_data({"source": {"x": x.tolist()}})
+
+
 def test_a_model_with_one_input_needs_no_names(images, tmp_path):
     np.savez(tmp_path / "x.npz", x=np.zeros((3, 4), np.float64), y=np.zeros(3))
     data = open_data(f"{tmp_path / 'x.npz'}{{labels=y}}")

@@ -10,7 +10,8 @@ import pytest
 from effc.data import Data, open_data
 from effc.distillation import Loss
 from effc.errors import BadInput
-from effc.finetune import Finetune, Schedule, reestimate
+from effc.finetune import Finetune, Schedule
+from effc.reestimate import reestimate
 
 torch = pytest.importorskip("torch")
 
@@ -63,9 +64,11 @@ def test_the_rate_rises_and_falls_along_a_cosine():
     assert Schedule(epochs=1, learning_rate=0.3).rate(0, 5) == 0.3
 
 
-def test_a_step_is_that_of_sgd():
-    """One batch an epoch and no norm, against PyTorch's SGD by hand; the last state of a falling loss is the best."""
-    view, schedule = View(norm=False), Schedule(epochs=3, batch=96, learning_rate=0.1, weight_decay=0.01, clip=0.5)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_step_is_that_of_the_optimizer(optimizer):
+    """One batch an epoch and no norm, against PyTorch's own by hand; the last state of a falling loss is the best."""
+    schedule = Schedule(epochs=3, batch=96, optimizer=optimizer, learning_rate=0.1, weight_decay=0.01, clip=0.5)
+    view = View(norm=False)
     other = copy.deepcopy(view)
     fitted = finetune(view, data(), schedule).run()
     assert fitted.best == 3 and fitted.ended is None
@@ -73,16 +76,20 @@ def test_a_step_is_that_of_sgd():
         {"params": [p for p in other.parameters() if p.ndim > 1], "weight_decay": 0.01},
         {"params": [p for p in other.parameters() if p.ndim == 1], "weight_decay": 0.0},
     ]
-    sgd = torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+    by_hand = (
+        torch.optim.SGD(groups, lr=0.1, momentum=0.9, nesterov=True)
+        if optimizer == "sgd"
+        else torch.optim.AdamW(groups, lr=0.1)
+    )
     for epoch in range(3):
-        for group in sgd.param_groups:
+        for group in by_hand.param_groups:
             group["lr"] = 0.05 * (1 + math.cos(math.pi * epoch / 3))
         loss = torch.nn.functional.cross_entropy(other(torch.from_numpy(X)), torch.from_numpy(Y))
         assert fitted.losses[epoch] == pytest.approx(float(loss.detach()), rel=1e-5)
-        sgd.zero_grad()
+        by_hand.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(other.parameters(), 0.5)
-        sgd.step()
+        by_hand.step()
     for name, value in weights(view).items():
         np.testing.assert_allclose(value, weights(other)[name], rtol=1e-5, atol=1e-6)
 

@@ -13,7 +13,8 @@ from effc.cli import main
 from effc.contract import Context
 from effc.errors import BadInput
 from effc.history import KEPT, UNCHANGED, UNDONE
-from effc.recover import Recover, recover, rewritten, train
+from effc.piecewise import rewritten
+from effc.recover import Recover, recover, train
 from effc.registry import backend
 from effc.save import save
 from effc.target import find
