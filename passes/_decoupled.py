@@ -22,7 +22,6 @@ class Decoupled(Method):
     """Filters for each input channel, then mixed: {"terms": T}, T up to min(N, kh kw)."""
 
     name = "depthwise"
-    left = 0.92
 
     @classmethod
     def refusal(cls, layer: Layer) -> str | None:

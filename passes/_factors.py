@@ -108,7 +108,6 @@ class Method(ABC):
     """
 
     name: ClassVar[str]
-    left: ClassVar[float] = 1.0  # of an error as `errors` estimates it, after a full fit: by trial on ResNet-56
 
     def __init__(
         self, layer: Layer, covariance: np.ndarray | None = None, seed: int = 0, *, rough: bool = False

@@ -83,7 +83,6 @@ class Filters3d(Method):
     """k x 1, 1 x k to d filters, 1 x 1; settings `rank` d and `inner` K, the channels between the first two."""
 
     name: ClassVar[str] = "filters-3d"
-    left: ClassVar[float] = 0.76
 
     @classmethod
     def refusal(cls, layer: Layer) -> str | None:

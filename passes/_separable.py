@@ -31,7 +31,6 @@ class Separable(Method):
     """Columns for all inputs, then rows for all outputs: {"rank": K}, K up to min(C kh, N kw)."""
 
     name = "separable"
-    left = 0.83
 
     @classmethod
     def refusal(cls, layer: Layer) -> str | None:

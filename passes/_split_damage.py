@@ -34,21 +34,28 @@ def worth(price: float, error: float) -> float:
 
 
 def sensitivity(
-    site: Site, walk: Walk, reference: Sequence[Values], covariance: np.ndarray | None, mean: np.ndarray
+    site: Site,
+    walk: Walk,
+    reference: Sequence[Values],
+    covariance: np.ndarray | None,
+    mean: np.ndarray,
+    usual: float,
 ) -> float:
     """Nats a sample for each unit of the layer's relative squared error.
 
-    What stands in for the layer is its projection onto so many directions of its outputs that the error is a usual one.
+    What stands in for the layer is its projection onto so many directions of its outputs that the error is one that
+    chains make: the leading directions cost more than their share of the power, the last ones less.
 
     Args:
         walk: on its way through the model, up to the layer's input.
         reference: the model's outputs, for its first batches.
         covariance, mean: of the patches that the layer meets (`_observed.moments`).
+        usual: an error that chains of the layer make.
     """
     layer = site.layer
     method = Filters(layer, covariance)
     errors = method.errors([{"rank": rank} for rank in range(layer.outputs)])
-    rank = int(np.argmin([abs(np.log((off + LEAST) / USUAL)) for off in errors]))
+    rank = int(np.argmin([abs(np.log((off + LEAST) / (usual + LEAST))) for off in errors]))
     weight = compose(method.fit({"rank": rank}))
     shift = (layer.matrix - weight.reshape(layer.outputs, -1)) @ mean / site.scale
     shift = shift.astype(np.float32).reshape(-1, *[1] * (0 if site.dense else site.spatial))

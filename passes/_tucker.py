@@ -40,7 +40,6 @@ class Tucker(Method):
     """A 1 x 1 on the inputs, a small kernel, a 1 x 1 on the outputs; settings {"inputs": R3, "outputs": R4}."""
 
     name = "tucker"
-    left = 0.95
 
     @classmethod
     def refusal(cls, layer: Layer) -> str | None:

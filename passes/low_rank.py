@@ -34,7 +34,7 @@ from ._observed import moments, observe, sizes
 from ._reconstruction import reconstruct
 from ._separable import Separable, SeparableBasis
 from ._sites import Site, find, layers, put
-from ._split_damage import sensitivity, worth
+from ._split_damage import USUAL, sensitivity, worth
 from ._tucker import Tucker
 
 METHODS: dict[str, type[Method]] = {
@@ -108,11 +108,13 @@ class LowRank(Pass):
         advance = context.progress("weighing low-rank chains", len(planned))
         for node, before, options in planned:
             site = _site(model, node, shapes)
-            price, covariance = 1.0, None
+            price, mean, covariance = 1.0, None, None
             if walk is not None:
                 mean, covariance = moments(site, walk, context)
-                price = sensitivity(site, walk, reference, covariance, mean)
             errors = _errors(site, options, covariance, context.seed)
+            if walk is not None and mean is not None:
+                usual = float(np.clip(USUAL, min(errors), max(errors)))
+                price = sensitivity(site, walk, reference, covariance, mean, usual)
             nodes = (site.name,) if site.adding is None or walk is None else (site.name, site.adding.name or "")
             for option, off in zip(options, errors, strict=True):
                 yield Proposal(site.name, nodes, option.setting, before, option.after(before), worth(price, off))
@@ -243,7 +245,7 @@ def _errors(site: Site, options: Sequence[_Option], covariance: np.ndarray | Non
         own = [index for index, option in enumerate(options) if option.kind is kind]
         method = kind(site.layer, covariance, seed, rough=True)
         errors = method.errors([options[index].ranks for index in own])
-        found |= zip(own, (kind.left * off for off in errors), strict=True)
+        found |= zip(own, errors, strict=True)
     return [found[index] for index in range(len(options))]
 
 
