@@ -1,11 +1,13 @@
 """Training what passes left: the view against networks written by hand, and what recovery brings back.
 
-    python benchmarks/recover.py [view|recovery ...] [--networks resnet20 resnet56] [--epochs 4] [--threads 2]
+    python benchmarks/recover.py [view|recovery|integers|killed ...] [--networks resnet56 vgg-small] [--epochs 4]
 
 Needs networks and data in $EFFC_DATA and the packages torch and safetensors. `view`: outputs, the gradients of one step
 of SGD, and the time of an epoch, of the trainable view and of the same network written in PyTorch. `recovery`: the
 networks, batch norm live, at a half and a third of their multiply-accumulates (low-rank, by force), then trained on
 the 25,000 training images with and without labels, beside the original trained alike; top-1 on the 5,000 test images.
+`integers`: a MobileNet in int8, and trained as it is deployed, without labels, on images that it is not judged on.
+`killed`: `effc recover`, killed in the middle of an epoch and started again, against the same run left alone.
 
 Exit status 1 when a mark is missed; the marks are listed under the tables.
 """
@@ -14,7 +16,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -36,6 +40,8 @@ CLOSE = 1e-5  # max|a - b| / max|a|
 DEPTHS = {"resnet20": 3, "resnet56": 9}
 SHARES = (0.5, 0.33)
 BATCH, STEPS = 128, 20
+FEW = 350  # images to learn from
+QAT = "epochs=8, batch=32, learning_rate=0.001, augment=flip, labels=0, temperature=1, frozen_norms=true"
 
 
 class Block(nn.Module):
@@ -73,8 +79,8 @@ class ResNet(nn.Module):
 
 
 class Bench:
-    def __init__(self, networks: list[str], epochs: int, threads: int) -> None:
-        self.networks, self.epochs, self.threads = networks, epochs, threads
+    def __init__(self, networks: list[str], epochs: int, rate: float, threads: int) -> None:
+        self.networks, self.epochs, self.rate, self.threads = networks, epochs, rate, threads
         self.missed: list[str] = []
 
     def mark(self, what: str, found: float, most: float) -> None:
@@ -87,7 +93,7 @@ class Bench:
         print("| --- | --- | --- | --- |")
         part = next(iter(open_data(data_file("cifar10-train")).batches(BATCH)))
         x, y = (torch.from_numpy(np.asarray(a)) for a in (part.feeds["input"], part.labels.astype(np.int64)))
-        for network in self.networks:
+        for network in filter(DEPTHS.__contains__, self.networks):
             own = hand_written(network)
             model = captured(own)
             view = trainer().view(model)
@@ -119,7 +125,7 @@ class Bench:
         print("\n| network | MACs | before | with labels | without labels | seconds | original, trained alike |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
         for network in self.networks:
-            original = captured(hand_written(network))
+            original = captured(hand_written(network)) if network in DEPTHS else effc.load(onnx_file(network))
             fair, _ = self._trained(original, original, labels=1.0)
             for share in SHARES:
                 split = effc.optimize(
@@ -136,9 +142,62 @@ class Bench:
 
     def _trained(self, model: Model, teacher: Model, labels: float) -> tuple[float, float]:
         started = time.perf_counter()
-        how = Recover(epochs=self.epochs, labels=labels, augment="shift")
+        how = Recover(epochs=self.epochs, labels=labels, augment="flip-shift", learning_rate=self.rate)
         found = train(model, how, data=data_file("cifar10-train"), teachers=[teacher], threads=self.threads)
         return self._points(found.model), time.perf_counter() - started
+
+    def integers(self) -> None:
+        """Quantisation-aware training from few images without labels, against int8 without training."""
+        images = data_file("imagenet-500")
+        few, rest = f"{images}{{shuffle=0, limit={FEW}}}", open_data(f"{images}{{shuffle=0, start={FEW}}}")
+        original = effc.load(onnx_file("mobilenet_v1_025", "imagenet"))
+        start = time.perf_counter()
+        models, seconds = {"original": original}, {"original": 0.0}
+        for name, more in (("int8", ""), ("int8, trained", f", recover{{{QAT}}}")):
+            models[name] = effc.optimize(
+                original, f"simplify, fold-batchnorm, int8{more}", calibrate=few, train=few, measure=False, force=True,
+                threads=self.threads,
+            ).model  # fmt: skip
+            seconds[name], start = time.perf_counter() - start, time.perf_counter()
+        sessions = {name: backend("onnxruntime").session(m, threads=self.threads) for name, m in models.items()}
+        scores = evaluate(sessions, rest.for_model(original), reference="original")
+        print(f"\nMobileNet v1 0.25, {FEW} images to learn from, {len(rest)} others to judge by; {QAT}")
+        print("\n| model | top-1 | agrees with the original | damage | seconds |\n| --- | --- | --- | --- | --- |")
+        for name, s in scores.items():
+            print(f"| {name} | {s.points:.1f} | {100 * s.agreement:.1f} | {s.damage:.4f} | {seconds[name]:.0f} |")
+        self.mark("int8, trained: damage", scores["int8, trained"].damage, scores["int8"].damage)
+
+    def killed(self) -> None:
+        """The same final weights, whether the run was killed or not."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            once, again = ([*self._command(folder, run)] for run in ("once", "again"))
+            subprocess.run(once, check=True)
+            state = folder / "again.pt"
+            process = subprocess.Popen(again)
+            written: list[float] = []
+            while len(written) < 2:  # before training, and after the first epoch
+                time.sleep(0.01)
+                if state.exists() and state.stat().st_mtime not in written:
+                    written.append(state.stat().st_mtime)
+            time.sleep((written[1] - written[0]) / 2)
+            process.kill()
+            print(f"\nkilled in the second epoch: exit status {process.wait()}")
+            subprocess.run(again, check=True)
+            first, second = (effc.load(folder / f"{run}.onnx").graph.initializers for run in ("once", "again"))
+            off = max(
+                float(np.abs(v.const_value.numpy() - second[k].const_value.numpy()).max()) for k, v in first.items()
+            )
+        print(f"weights of the run that was killed, from the other's: {off:g} apart")
+        self.mark("a killed run: weights apart", off, 0)
+
+    def _command(self, folder: Path, run: str) -> list[str]:
+        options = f"epochs=3, augment=flip-shift, checkpoint={folder / run}.pt"
+        return [
+            sys.executable, "-c", "from effc.cli import main; main()", "recover", str(onnx_file("resnet20")), "--train",
+            f"{data_file('cifar10-train')}{{limit=3000}}", "--options", options, "-o", str(folder / f"{run}.onnx"),
+            "--quiet", "--threads", str(self.threads),
+        ]  # fmt: skip
 
     def _points(self, model: Model) -> float:
         session = backend("onnxruntime").session(model, threads=self.threads)
@@ -169,20 +228,27 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max())
 
 
+def onnx_file(network: str, data: str = "cifar10") -> Path:
+    return Path(os.environ["EFFC_DATA"], "models", f"{network}-{data}.onnx")
+
+
 def data_file(name: str) -> str:
     return str(Path(os.environ["EFFC_DATA"], "data", f"{name}.yaml"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["all", "view", "recovery"], default="all", help="any of them")
-    parser.add_argument("--networks", nargs="+", choices=list(DEPTHS), default=list(DEPTHS))
+    parts = ["view", "recovery", "integers", "killed"]
+    known = [*DEPTHS, "vgg-small"]
+    parser.add_argument("parts", nargs="*", choices=["all", *parts], default="all", help="any of them")
+    parser.add_argument("--networks", nargs="+", choices=known, default=known)
     parser.add_argument("--epochs", type=int, default=4, help="of recovery")
+    parser.add_argument("--rate", type=float, default=0.01, help="learning rate of recovery")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    bench = Bench(options.networks, options.epochs, options.threads)
-    for part in ["view", "recovery"] if "all" in options.parts else options.parts:
+    bench = Bench(options.networks, options.epochs, options.rate, options.threads)
+    for part in parts if "all" in options.parts else options.parts:
         getattr(bench, part)()
     print(f"\n{len(bench.missed)} marks missed")
     print("".join(f"- {line}\n" for line in bench.missed), end="")

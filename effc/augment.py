@@ -7,18 +7,20 @@ from typing import Literal
 
 import numpy as np
 
-Augment = Literal["none", "flip", "shift"]
+Augment = Literal["none", "flip", "shift", "flip-shift"]
 
 
 def augmented(feeds: Mapping[str, np.ndarray], kind: Augment, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Images [N, C, H, W] flipped at random, and shifted by up to an eighth with zeros around; other inputs stay."""
+    """Images [N, C, H, W] mirrored at random, or shifted by up to an eighth with zeros around; other inputs stay."""
     found = dict(feeds)
     for name, images in feeds.items() if kind != "none" else ():
         if images.ndim != 4 or images.dtype.kind != "f":
             continue
-        flips = rng.random(len(images)) < 0.5
-        made = np.where(flips[:, None, None, None], images[..., ::-1], images)
-        if kind == "shift":
+        made = images
+        if "flip" in kind:
+            flips = rng.random(len(images)) < 0.5
+            made = np.where(flips[:, None, None, None], images[..., ::-1], images)
+        if "shift" in kind:
             made = _shifted(made, rng)
         found[name] = np.ascontiguousarray(made)
     return found

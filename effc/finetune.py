@@ -46,7 +46,7 @@ class Schedule:
         warmup: epochs over which it rises from 0.
         clip: largest norm of all gradients together.
         patience: epochs without a better state after which training ends; None: never.
-        augment: what is done to images: flipped, or flipped and shifted by up to an eighth of their size.
+        augment: what is done to images: mirrored, shifted by up to an eighth of their size, or both.
         frozen_norms: batch norms keep their statistics.
     """
 

@@ -78,7 +78,7 @@ class Recover(Pass):
     validation: Annotated[
         float, Field(gt=0, le=0.5, description="share of the training data held out to judge epochs, of 2048 at most")
     ] = 0.1
-    augment: Annotated[Augment, Field(description="images flipped; and shifted by up to an eighth")] = "none"
+    augment: Annotated[Augment, Field(description="images mirrored, shifted by up to an eighth, or both")] = "none"
     frozen_norms: Annotated[bool, Field(description="batch norms keep their statistics while training")] = False
     reestimate: Annotated[
         int, Field(ge=0, description="batches to take statistics of batch norms from anew, before training")

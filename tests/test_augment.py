@@ -20,8 +20,9 @@ def test_flips():
     assert 10 <= sum(flipped) <= 30  # of 40; outside with a probability of 0.002
 
 
-def test_shifts_by_up_to_an_eighth_with_zeros_around():
-    found = augmented({"x": IMAGES}, "shift", np.random.default_rng(0))["x"]
+@pytest.mark.parametrize("kind", ["shift", "flip-shift"])
+def test_shifts_by_up_to_an_eighth_with_zeros_around(kind):
+    found = augmented({"x": IMAGES}, kind, np.random.default_rng(0))["x"]
     padded = np.pad(IMAGES, ((0, 0), (0, 0), (2, 2), (3, 3)))
     places = set()
     for image, both in zip(found, zip(padded, padded[..., ::-1], strict=True), strict=True):
@@ -31,7 +32,8 @@ def test_shifts_by_up_to_an_eighth_with_zeros_around():
         ]  # fmt: skip
         assert len(fits) == 1
         places.add(fits[0])
-    assert len(places) > 20
+    assert len({place[1:] for place in places}) > 15
+    assert {flip for flip, *_ in places} == ({0} if kind == "shift" else {0, 1})
 
 
 def test_the_seed_decides():
