@@ -28,6 +28,8 @@ from effc.model import Model, TensorInfo
 from effc.preprocess import cast, prepare
 from effc.sources import Folder, Function, Rows, Source, is_function, open_source
 
+MIXED = 4096  # samples of a stream that are held to be mixed
+
 __all__ = ["Batch", "Data", "DataSpec", "InputSpec", "open_data"]
 
 
@@ -52,6 +54,7 @@ class Data:
     def __init__(self, spec: DataSpec, source: Source, folder: Path, name: str) -> None:
         self.spec, self.folder, self.name, self.metric = spec, folder, name, spec.metric
         self._source = source
+        self._mixed: int | None = None  # the seed that a stream is mixed by
         known = source.arrays()
         self._label = "label" if isinstance(source, Folder) and "label" in known else spec.labels
         self._inputs = {i: spec.of_input(i) for i in spec.inputs}
@@ -127,11 +130,21 @@ class Data:
         if size < 1:
             raise BadInput(f"batches of {size} samples: allowed is 1 or more")
         done = 0
-        for chunk in self._source.chunks(self._rows, size, self._names()):
+        for chunk in self._chunks(size):
             feeds = {name: self._feed(name, chunk[self._array(name)], done) for name in self._inputs}
             yield Batch(feeds, None if self._label is None else np.asarray(chunk[self._label]))
             done += len(next(iter(chunk.values())))
         self._check_some(done)
+
+    def _chunks(self, size: int) -> Iterator[dict[str, Any]]:
+        if self._mixed is None:
+            yield from self._source.chunks(self._rows, size, self._names())
+            return
+        rng = np.random.default_rng(self._mixed)
+        for chunk in self._source.chunks(self._rows, max(MIXED // size, 1) * size, self._names()):
+            order = rng.permutation(len(next(iter(chunk.values()))))
+            for begin in range(0, len(order), size):
+                yield {name: array[order[begin : begin + size]] for name, array in chunk.items()}
 
     def _feed(self, name: str, raw: Any, offset: int) -> np.ndarray:
         how, info, where = self._inputs[name], self._infos.get(name), f"data {self.name!r}, input {name!r}"
@@ -154,8 +167,12 @@ class Data:
         return self._with(self._rows[: max(n, 0)], f"first {n}")
 
     def shuffled(self, seed: int) -> Data:
-        """The same samples in another order; those of a function come as they come."""
-        return self if self.streamed else self._with(np.random.default_rng(seed).permutation(self.rows), None)
+        """The same samples in another order; those of a function are mixed within stretches of `MIXED`."""
+        if not self.streamed:
+            return self._with(np.random.default_rng(seed).permutation(self.rows), None)
+        other = self._with(self._rows, None)
+        other._mixed = seed
+        return other
 
     def split(self, share: float | Literal["parity"] = "parity") -> tuple[Data, Data]:
         """Two parts without a common sample: even and odd ones, or a share evenly spread over the data, and the rest.

@@ -221,6 +221,19 @@ def test_an_endless_function_with_a_limit_ends(function):
     assert whole(data, 5)["x"][:, 0].tolist() == [0, 0, 0, 1, 1, 1, 2, 2]
 
 
+def test_samples_of_a_function_are_mixed_stretch_by_stretch(monkeypatch):
+    monkeypatch.setattr("effc.data.MIXED", 10)
+    data = open_data({"source": lambda: ({"x": np.arange(i, i + 5)} for i in range(0, 25, 5)), "start": 2})
+    found = [list(batch.feeds["x"]) for batch in data.shuffled(1).batches(4)]
+    assert [len(batch) for batch in found] == [4, 4, 4, 4, 4, 3]
+    first, second, third = found[0] + found[1], found[2] + found[3], found[4] + found[5]
+    assert sorted(first) == [*range(2, 10)] and sorted(second) == [*range(10, 18)] and sorted(third) == [*range(18, 25)]
+    assert first != sorted(first) and first != [x - 8 for x in second]
+    again, other = ([list(b.feeds["x"]) for b in data.shuffled(seed).batches(4)] for seed in (1, 2))
+    assert again == found != other
+    assert [x for b in data.batches(4) for x in b.feeds["x"]] == [*range(2, 25)]
+
+
 def test_a_module_function_and_a_python_function(function, monkeypatch):
     monkeypatch.syspath_prepend(str(function.parent))
     assert len(open_data("mine:batches")) == 20
