@@ -1,8 +1,9 @@
 """Which proposals to take: at most one a site, under the pass's budget.
 
 A budget is a multiple-choice knapsack. It is solved greedily over the convex hull of each site's alternatives,
-cheapest damage per unit saved first (Sinha and Zoltners, 1979): within one step of the optimum. Several budgets are
-weighed against each other until all hold (a Lagrangian relaxation, its multipliers found by trying).
+cheapest damage per unit saved first (Sinha and Zoltners, 1979): within one step of the optimum, which may be most of a
+layer. Where dynamic programming finds less damage, that is taken. Several budgets are weighed against each other until
+all hold (a Lagrangian relaxation, its multipliers found by trying).
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
+
+import numpy as np
 
 from effc.contract import Proposal
 from effc.cost import Cost
@@ -22,6 +25,8 @@ ACCURACY = "accuracy"  # the goal of passes that only train
 PREDICTED = ("seconds", "energy")  # 0 means: not known
 ROUNDS = 24
 ROUNDING = 1e-9
+UNITS = 10_000  # that what is wanted is counted in, rounded down, by dynamic programming
+CELLS = 2 * 10**8  # sites by alternatives by units, above which greed has to do
 
 
 def choose(proposals: Sequence[Proposal], budget: Mapping[str, float], total: Cost) -> list[Proposal]:
@@ -42,6 +47,8 @@ def choose(proposals: Sequence[Proposal], budget: Mapping[str, float], total: Co
         return [alternatives[0] for alternatives in sites.values()]
     wanted = {QUANTITIES[name]: amount for name, amount in _wanted(budget, total).items() if amount > 0}
     taken = _together(sites, wanted) if len(wanted) > 1 else _spend(sites, wanted, dict.fromkeys(wanted, 1.0))
+    if len(wanted) == 1:
+        taken = min(taken, _programmed(sites, wanted) or taken, key=_damage)
     return [p for p in proposals if taken.get(p.site) is p]
 
 
@@ -94,6 +101,38 @@ def _spend(
     return _greedy(sites, weights, needed)
 
 
+def _programmed(sites: Mapping[str, list[Proposal]], wanted: Mapping[str, float]) -> dict[str, Proposal] | None:
+    """Least damage for one quantity, to the rounding of units; None where it is out of reach, or would take long."""
+    ((quantity, amount),) = wanted.items()
+    if len(sites) * max(map(len, sites.values()), default=0) * UNITS > CELLS or amount <= 0:
+        return None
+    units = np.arange(UNITS + 1)
+    least = np.where(units == 0, 0.0, np.inf)  # damage, to have saved at least so many units
+    steps: list[tuple[list[tuple[Proposal | None, int]], np.ndarray]] = []
+    for alternatives in sites.values():
+        saved = ((p, int(UNITS * min(saving(p, quantity) / amount, 1.0))) for p in alternatives)
+        options: list[tuple[Proposal | None, int]] = [(None, 0), *((p, s) for p, s in saved if s > 0)]
+        found = np.stack([least[np.maximum(units - s, 0)] + ((p.damage or 0.0) if p else 0.0) for p, s in options])
+        which = found.argmin(axis=0)
+        steps.append((options, which))
+        least = found[which, units]
+    # Rounding may hide a unit a site: the first of these that is enough in truth.
+    for enough in range(max(UNITS - len(sites), 0), UNITS + 1):
+        taken, left = {}, enough
+        for options, which in reversed(steps):
+            p, s = options[which[left]]
+            left = max(left - s, 0)
+            taken |= {} if p is None else {p.site: p}
+        if np.isfinite(least[enough]) and not _short(_saved(taken.values(), wanted), wanted):
+            _spare(sites, wanted, taken)
+            return taken
+    return None
+
+
+def _damage(taken: Mapping[str, Proposal]) -> float:
+    return sum(p.damage or 0.0 for p in taken.values())
+
+
 def _greedy(
     sites: Mapping[str, list[Proposal]],
     weights: Mapping[str, float],
@@ -123,7 +162,7 @@ def _together(sites: Mapping[str, list[Proposal]], wanted: Mapping[str, float]) 
         taken = _spend(sites, wanted, weights)
         saved = _saved(taken.values(), wanted)
         short = _short(saved, wanted)
-        rank = sum(short.values()), sum(p.damage or 0.0 for p in taken.values())
+        rank = sum(short.values()), _damage(taken)
         if least is None or rank < least:
             best, least = taken, rank
         if short:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -43,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
 AUTO = ("filters", "filters-3d", "separable", "tucker", "depthwise")  # the others seldom win and take long to fit
 SAMPLES, BATCHES = 512, 2  # to fit to; batches of them to measure damage on
 DAMAGE = 0.05
+KEPT = 0.5  # of the weights, where no budget says
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class LowRank(Pass):
         place = _place(site, model, shapes, context)
         if isinstance(place, str):
             return place
+        then = replace(place, around=_moved(model, context, self._kept()))
         whole = costs.of(site, place, [site.layer.whole(site.layer.weight)])
         quantity = self._quantity(context, whole)
         found, refused, offered, best = [], [], 0, 0.0
@@ -138,7 +140,7 @@ class LowRank(Pass):
             method = kind(site.layer)
             step = self._step(site, quantity)
             for setting in self._settings(method, step):
-                after = costs.of(site, place, method.skeleton(setting))
+                after = costs.of(site, then, method.skeleton(setting))
                 gain = getattr(whole, quantity) / max(getattr(after, quantity), 1e-30)
                 offered, best = offered + 1, max(best, gain)
                 if gain >= self.min_gain:
@@ -167,6 +169,11 @@ class LowRank(Pass):
 
     def _goal(self, context: Context) -> str:
         return next((name for name in ("macs", "size") if getattr(self, name) is not None), context.goal)
+
+    def _kept(self) -> float:
+        """The share of the weights that other layers will about have left, when their chains run beside this one's."""
+        shares = (self.macs, self.size, None if self.speedup is None else 1 / self.speedup)
+        return min((share for share in shares if share is not None), default=KEPT)
 
     def _step(self, site: Site, quantity: str) -> int:
         if self.multiple is not None:
@@ -269,9 +276,13 @@ def _place(site: Site, model: Model, shapes: Mapping[str, tuple | None], context
         size = (int(np.prod(size[:-1])), size[-1])
     elif len(size) == 3:
         size = (size[0], size[1], 1, size[2])
-    moved = sum(cost.activation_bytes + cost.weight_bytes for cost in context.costs(model).nodes.values())
     first = site.node.inputs[0].is_graph_input()
-    return Place(tuple(size), first, moved, site.node.inputs[1].const_value.numpy().itemsize)
+    return Place(tuple(size), first, _moved(model, context), site.node.inputs[1].const_value.numpy().itemsize)
+
+
+def _moved(model: Model, context: Context, kept: float = 1.0) -> float:
+    """Bytes that go through the caches in an inference, with so much of the weights."""
+    return sum(cost.activation_bytes + kept * cost.weight_bytes for cost in context.costs(model).nodes.values())
 
 
 def _aims(model: Model, context: Context, sites: Sequence[Site]) -> Model:
