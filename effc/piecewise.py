@@ -9,7 +9,7 @@ place of regression; block by block: Li et al., "BRECQ", ICLR 2021, section 3.2)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from effc.contract import Context
 from effc.data import Data, open_data
 from effc.distillation import Loss
 from effc.extract import between, part
-from effc.finetune import Finetune, Fitted, Schedule, device, torch_threads
+from effc.finetune import Finetune, Fitted, Schedule, torch_threads
 from effc.model import Model, constant_tensor
 from effc.walk import Walk, samples
 
@@ -99,13 +99,14 @@ def _through(model: Model) -> set[str]:
 
 
 def train_parts(
-    model: Model, original: Model, by: By, schedule: Schedule, validation: float, context: Context
+    model: Model, original: Model, by: By, schedule: Schedule, validation: float, where: str, context: Context
 ) -> list[str]:
     """Train the rewritten parts of a model in place; what is worth telling, one sentence each.
 
     Args:
         schedule: of each part.
         validation: share of the samples that is held out, to judge epochs.
+        where: "cpu" or "cuda".
 
     Raises:
         BadInput: data do not fit.
@@ -117,13 +118,14 @@ def train_parts(
     here = Walk(model, context.backend, feeds, threads=context.threads, keep=keep)
     there = Walk(original, context.backend, feeds, threads=context.threads, keep={each.end for each in planned})
     advance = context.progress(f"training {by} by {by}", len(planned))
+    schedule = replace(schedule, frozen_norms=True)  # too few samples for statistics
     fitted: list[Fitted] = []
     count = 0
     for number, each in enumerate(planned):
         inputs, target = here.to(*each.entries), there.to(each.end)
         data = _data([{**read, _TARGET: wanted[each.end]} for read, wanted in zip(inputs, target, strict=True)])
         count = len(data)
-        if (one := _fit(model, each, data, schedule, validation, context)) is not None:
+        if (one := _fit(model, each, data, schedule, validation, where, context)) is not None:
             fitted.append(one)
         there.release(each.end)
         for name in set(each.entries).difference(*(later.entries for later in planned[number + 1 :])):
@@ -140,7 +142,7 @@ def _data(batches: Sequence[Mapping[str, np.ndarray]]) -> Data:
 
 
 def _fit(
-    model: Model, each: Part, data: Data, schedule: Schedule, validation: float, context: Context
+    model: Model, each: Part, data: Data, schedule: Schedule, validation: float, where: str, context: Context
 ) -> Fitted | None:
     """Train one part and put its weights into the model; None where it has none of its own."""
     trainer = registry.trainer()
@@ -157,7 +159,7 @@ def _fit(
     with torch_threads(context.threads):
         fitted = Finetune(
             view, [v.name for v in entries], [], rest, held_out, Loss(features=1.0), schedule, features=[each.end],
-            wanted=lambda feeds: {each.end: feeds[_TARGET]}, device=device("auto"), seed=context.seed,
+            wanted=lambda feeds: {each.end: feeds[_TARGET]}, device=where, seed=context.seed,
         ).run()  # fmt: skip
     trainer.write_back(view, alone)
     for name in trainer.weights(view):
@@ -170,7 +172,8 @@ def _told(fitted: Sequence[Fitted], by: By, count: int) -> str:
         return f"recover: no {by} was rewritten between tensors that the original has too: nothing was trained"
     before, after = np.mean([(f.scores[0][1], f.scores[f.best][1]) for f in fitted], axis=0)
     kept, stopped = sum(f.best == 0 for f in fitted), sum(f.ended is not None for f in fitted)
+    what = by if len(fitted) == 1 else f"{by}s"
     return (
-        f"recover: {len(fitted)} {by}s on {count} samples, mean relative squared error {before:.3g} to {after:.3g} on "
+        f"recover: {len(fitted)} {what} on {count} samples, mean relative squared error {before:.3g} to {after:.3g} on "
         f"those held out; {kept} stayed as they were, {stopped} ended early"
     )

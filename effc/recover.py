@@ -217,10 +217,10 @@ def _trainable(value: Any) -> bool:
 
 
 def _part_by_part(model: Model, how: Recover, context: Context) -> list[str]:
-    if how.checkpoint is not None or len(context.teachers) > 1 or how.labels == 1:
-        raise BadInput(f"by={how.by} takes one teacher, no labels=1 and no checkpoint: they are for by=whole")
+    if how.checkpoint is not None or len(context.teachers) > 1 or how.labels == 1 or how.augment != "none":
+        raise BadInput(f"by={how.by} takes one teacher, no labels=1, augment or checkpoint: they are for by=whole")
     teacher = context.teachers[0] if context.teachers else context.original
-    return train_parts(model, teacher, how.by, _schedule(how), how.validation, context)
+    return train_parts(model, teacher, how.by, _schedule(how), how.validation, device(how.device), context)
 
 
 def _split(data: Data, share: float) -> tuple[Data, Data]:

@@ -115,7 +115,7 @@ def run_all(model: Model) -> dict[str, np.ndarray]:
     return backend("onnxruntime").session(model).run({"x": X[:8]})
 
 
-@pytest.mark.parametrize("option", ["checkpoint=a.pt", "labels=1"])
+@pytest.mark.parametrize("option", ["checkpoint=a.pt", "labels=1", "augment=flip"])
 def test_options_of_the_whole_are_refused(option):
-    with pytest.raises(BadInput, match="by=block takes one teacher, no labels=1 and no checkpoint"):
+    with pytest.raises(BadInput, match="by=block takes one teacher, no labels=1, augment or checkpoint"):
         optimize(chain(), f"recover{{by=block, {option}}}", {"source": {"x": X[:8]}})
