@@ -125,7 +125,8 @@ class Finetune:
         """
         import torch
 
-        schedule, view = self.schedule, self.view.to(self.device)
+        # Channels last: chains of small convolutions take half the time on a processor.
+        schedule, view = self.schedule, self.view.to(self.device, memory_format=torch.channels_last)
         rate, momentum = schedule.learning_rate, schedule.momentum
         optimizer = (
             torch.optim.SGD(self._groups(), lr=rate, momentum=momentum, nesterov=momentum > 0)
@@ -150,7 +151,7 @@ class Finetune:
                 self.fitted.ended = f"no better state in {schedule.patience} epochs"
                 break
         view.load_state_dict(self._best)
-        view.eval().cpu()
+        view.eval().to("cpu", memory_format=torch.contiguous_format)
         return self.fitted
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -221,7 +222,7 @@ class Finetune:
         import torch
 
         wanted = {} if self.wanted is None else self.wanted(feeds)
-        tensors = self.view(*(torch.from_numpy(feeds[name]).to(self.device) for name in self.inputs))
+        tensors = self.view(*(self._fed(feeds[name]) for name in self.inputs))
         names = [*self.outputs, *self.features]
         made = dict(zip(names, tensors if len(names) > 1 else (tensors,), strict=True))
         for name, array in wanted.items():
@@ -242,6 +243,12 @@ class Finetune:
         targets = {name: torch.from_numpy(np.ascontiguousarray(a)).to(self.device) for name, a in wanted.items()}
         inner = [(made.pop(name), targets.pop(name)) for name in self.features if name in targets]
         return self.loss(made, targets, labels, inner), hits
+
+    def _fed(self, array: np.ndarray) -> torch.Tensor:
+        import torch
+
+        tensor = torch.from_numpy(array).to(self.device)
+        return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
 
     def _judge(self) -> None:
         """Score the state on what was held out, and remember it if it is the best."""
