@@ -112,6 +112,8 @@ def recover(model: Model, how: Recover, context: Context) -> list[str]:
     trainer, data = registry.trainer(), _data(context).for_model(model)
     if why := _obstacle(model):
         raise BadInput(why)
+    for teacher in context.teachers:
+        _alike(model, teacher)
     if how.by != "whole":
         return _part_by_part(model, how, context)
     if how.labels == 1 and not data.labelled:
@@ -214,6 +216,17 @@ def _obstacle(model: Model) -> str | None:
 def _trainable(value: Any) -> bool:
     tensor = None if value is None else constant_tensor(value)
     return tensor is not None and tensor.dtype.is_floating_point()
+
+
+def _alike(model: Model, teacher: Model) -> None:
+    """Raises BadInput where a teacher takes other inputs than the model, or has other outputs."""
+    for kind in ("inputs", "outputs"):
+        own, other = ({info.name for info in getattr(each, kind)} for each in (model, teacher))
+        if not (own >= other if kind == "inputs" else own & other):
+            raise BadInput(
+                f"the teacher {teacher.name} has {kind} {', '.join(sorted(other))}, the model "
+                f"{', '.join(sorted(own))}: they must be called alike"
+            )
 
 
 def _part_by_part(model: Model, how: Recover, context: Context) -> list[str]:

@@ -164,6 +164,10 @@ def test_refusals(digits):
     net.output(net.linear(net.input("x", ["N", 64]), 64, 7, name="fc"), ["N", 7])
     with pytest.raises(BadInput, match=r"the teacher has an output .* they must match"):
         train(digits, Recover(epochs=1), data=samples(0, 900), teachers=[net.model()])
+    net = Net("other")
+    net.output(net.linear(net.input("z", ["N", 64]), 64, 10, name="fc"), ["N", 10])
+    with pytest.raises(BadInput, match="the teacher other has inputs z, the model x: they must be called alike"):
+        train(digits, Recover(epochs=1), data=samples(0, 900), teachers=[net.model()])
     fixed = networks.depthwise()
     one = {"source": lambda: iter([feeds(fixed, 1)])}
     with pytest.raises(BadInput, match="the model's batch is fixed at 1"):
