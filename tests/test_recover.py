@@ -166,7 +166,7 @@ def test_refusals(digits):
         train(digits, Recover(epochs=1), data=samples(0, 900), teachers=[net.model()])
     net = Net("other")
     net.output(net.linear(net.input("z", ["N", 64]), 64, 10, name="fc"), ["N", 10])
-    with pytest.raises(BadInput, match="the teacher other has inputs z, the model x: they must be called alike"):
+    with pytest.raises(BadInput, match="has inputs z, the model x: they must be called alike"):
         train(digits, Recover(epochs=1), data=samples(0, 900), teachers=[net.model()])
     fixed = networks.depthwise()
     one = {"source": lambda: iter([feeds(fixed, 1)])}
