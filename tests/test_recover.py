@@ -160,14 +160,16 @@ def test_refusals(digits):
     beyond = {"source": lambda: iter([{"x": X, "y": Y + 1}]), "labels": "y"}
     with pytest.raises(BadInput, match="hold label 10, the model has classes 0 to 9"):
         optimize(digits, HOW, train=beyond)
-    net = Net("other")
-    net.output(net.linear(net.input("x", ["N", 64]), 64, 7, name="fc"), ["N", 7])
-    with pytest.raises(BadInput, match=r"the teacher has an output .* they must match"):
-        train(digits, Recover(epochs=1), data=samples(0, 900), teachers=[net.model()])
-    net = Net("other")
-    net.output(net.linear(net.input("z", ["N", 64]), 64, 10, name="fc"), ["N", 10])
-    with pytest.raises(BadInput, match="has inputs z, the model x: they must be called alike"):
-        train(digits, Recover(epochs=1), data=samples(0, 900), teachers=[net.model()])
+    others = [
+        ("x", 7, "fc3", r"the teacher has an output .* they must match"),
+        ("x", 10, "fc", "has outputs fc, the model fc3: they must be called alike"),
+        ("z", 10, "fc3", "has inputs z, the model x: they must be called alike"),
+    ]
+    for inputs, classes, output, text in others:
+        net = Net("other")
+        net.output(net.linear(net.input(inputs, ["N", 64]), 64, classes, name=output), ["N", classes])
+        with pytest.raises(BadInput, match=text):
+            train(digits, Recover(epochs=1), data=samples(0, 900), teachers=[net.model()])
     fixed = networks.depthwise()
     one = {"source": lambda: iter([feeds(fixed, 1)])}
     with pytest.raises(BadInput, match="the model's batch is fixed at 1"):
