@@ -156,13 +156,13 @@ class Bench:
         feeds = {b: real_feeds(model, b, {}, few.for_model(model)) for b in (1, 32)}
         times = {b: compare_many(models, feeds[b], backend=runtime, reference="original", seconds=1.0) for b in feeds}
         rows = [{
-            "method": "original", "top-1": f"{scores['original'].points:.2f}", "MACs": "1",
+            "method": "original", "top-1": f"{scores['original'].points:.2f}", "damage": "0", "MACs": "1",
             **{f"latency, batch {b}": "1" for b in times}, "compile, s": "-", "layers by method": "-",
         }]  # fmt: skip
         for name, (result, seconds) in made.items():
             record = result.history.passes[-1]
             rows.append({
-                "method": name, "top-1": f"{scores[name].points:.2f}",
+                "method": name, "top-1": f"{scores[name].points:.2f}", "damage": f"{scores[name].damage:.4f}",
                 "MACs": f"{record.cost_after.macs / record.cost_before.macs:.3f}",
                 **{f"latency, batch {b}": f"{times[b][name].ratio:.2f}" for b in times},
                 "compile, s": f"{seconds:.0f}", "layers by method": by_method(result),
