@@ -155,11 +155,17 @@ def _needs_codes(
     kernels: IntegerKernels,
     shapes: Mapping[str, tuple | None],
 ) -> bool:
-    """A convolution's kernel wants codes on its output; a matrix product can hand out floats where these are read."""
+    """A convolution's kernel wants codes on its output; a matrix product can hand out floats where these are read.
+
+    Not so a Gemm with an activation: without codes behind both, onnxruntime fuses them in float first, and decodes the
+    weights at each inference.
+    """
     if node.op_type == "Conv":
         return kernels.output_pairs
     if out.is_graph_output():
         return False
+    if node.op_type == "Gemm" and out is not node.outputs[0]:
+        return True
     return any(n in chosen or _may_compute(n, kernels, shapes) or passes_codes(n, kernels) for n in out.consumers())
 
 

@@ -319,6 +319,18 @@ def test_a_layer_kept_in_float_between_integers_is_left_in_float_by_the_runtime_
     np.testing.assert_array_equal(found.model.constant(kept.inputs[1]), net.weights["kept.weight"])
 
 
+def test_a_dense_layer_with_an_activation_runs_in_integers_before_a_layer_in_float(tmp_path):
+    """Without codes behind both, the runtime fuses them in float, and decodes the weights at each inference."""
+    net = Net("dense before float")
+    x = net.relu(net.linear(net.input("x", ["N", 64]), 64, 48, name="a"))
+    net.output(net.linear(x, 48, 10, name="kept"), ["N", 10])
+    found = Lowered(net.model(), Int8(keep_float=("node_kept",)), NARROW)
+    kinds, optimal = optimised(found.after, tmp_path)
+    assert kinds["QGemm"] == 1 and kinds["DequantizeLinear"] == 1  # what the layer in float reads
+    inputs = feeds(found.proto, batch=8, seed=8)
+    assert distance(run(found.after, inputs), optimal(inputs)) <= 0.02
+
+
 def test_a_layer_that_stays_in_float_behind_codes_is_told_as_skipped():
     """Its own ledger entry has the reason, though it now reads what is decoded for it."""
     result = effc.optimize(
