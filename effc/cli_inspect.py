@@ -14,6 +14,7 @@ from rich.console import Console
 from effc import registry
 from effc import target as targets
 from effc.capture import load
+from effc.channels_report import channels_table
 from effc.cli_options import Debug, Dims, Foreign, TargetName, Threads, sizes
 from effc.cost import cost
 from effc.errors import BadInput
@@ -43,6 +44,9 @@ def inspect(
     top: Annotated[int | None, typer.Option(min=0, help="Layers to show, 0 for all", show_default="20")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object; all layers unless --top")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="Print the layers as CSV; all unless --top")] = False,
+    channels: Annotated[
+        bool, typer.Option("--channels", help="Which channels live and die together, and which cannot be removed")
+    ] = False,
     training: Annotated[bool, typer.Option("--training", help="What it takes to train the model")] = False,
     samples: Annotated[
         float | None, typer.Option(help="Samples to train a convolutional network on, epochs x data")
@@ -63,6 +67,11 @@ def inspect(
     plan = {"samples": samples, "tokens": tokens, "parameters": parameters, "utilisation": utilisation}
     plan |= {"peak": peak, "devices": devices, "price": price}
     _check(model, other, training, csv, plan)
+    if channels:
+        if model is None or other is not None or json or csv or training:
+            raise BadInput("--channels takes one model and prints a table: leave out --json, --csv and --training")
+        _console().print(channels_table(load(model), top))
+        return
     dims = sizes(dim)
     aim = targets.find(target, foreign=foreign_target)
     models = [load(path) for path in (model, other) if path is not None]
@@ -136,9 +145,13 @@ def _compared_csv(found: Sequence[Inspection], top: int) -> str:
     return comparison_csv(compare_inspections(*found), top)
 
 
-def _print(found: Sequence[Inspection], effort: Training | None, top: int | None) -> None:
+def _console() -> Console:
     # rich takes 80 columns for what is no terminal
-    console = Console() if Console().is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)
+    return Console() if Console().is_terminal or "COLUMNS" in os.environ else Console(width=WIDTH)
+
+
+def _print(found: Sequence[Inspection], effort: Training | None, top: int | None) -> None:
+    console = _console()
     if len(found) == 2:
         console.print(comparison_table(compare_inspections(*found), top, console.width))
     elif found:
