@@ -41,7 +41,11 @@ def refuse(build: Builder, node: ir.Node, what: str) -> BadInput:
 
 
 def function(
-    *op_types: str, static: Sequence[int] = (), only: Mapping[str, Sequence[object]] | None = None, results: int = 99
+    *op_types: str,
+    static: Sequence[int] = (),
+    only: Mapping[str, Sequence[object]] | None = None,
+    needs: Mapping[str, object] | None = None,
+    results: int = 99,
 ) -> Callable[[Callable], Callable]:
     """Decorator: this function of tensors computes these operators.
 
@@ -51,6 +55,7 @@ def function(
     Args:
         static: inputs that are handed over as numbers when they are constants: axes, sizes, bounds.
         only: attribute -> the values that the function knows.
+        needs: attribute -> the value that it must have, where ONNX's default is another.
         results: how many outputs it can make.
     """
 
@@ -62,6 +67,9 @@ def function(
             for key, value in options.items():
                 if key not in known or value not in (only or {}).get(key, (value,)):
                     raise refuse(build, node, f"{key}={value!r}")
+            for key, value in (needs or {}).items():
+                if options.get(key) != value:
+                    raise refuse(build, node, f"{key}={options.get(key, 'its default')!r}")
             if len(node.outputs) > results:
                 raise refuse(build, node, f"{len(node.outputs)} outputs")
             given = {"op_type": node.op_type, "opset": build.model.opset, "outputs": len(node.outputs)}

@@ -44,8 +44,7 @@ def lstm(
     return (y, *states)[:outputs] if outputs > 1 else y
 
 
-@function("GRU", only=KNOWN | {"linear_before_reset": (1,), "activations": EITHER_WAY["GRU"]})
-def gru(
+def gru_or_rnn(
     x: Tensor,
     weight: Tensor,
     recurrence: Tensor,
@@ -53,34 +52,20 @@ def gru(
     lengths: Tensor | None = None,
     hidden: Tensor | None = None,
     *,
-    linear_before_reset: int,
+    op_type: str,
     hidden_size: int = 0,
     direction: str = "forward",
     layout: int = 0,
+    linear_before_reset: int = 1,
     activations: Sequence[str] = (),
     outputs: int = 1,
 ) -> Tensor | tuple[Tensor, ...]:
-    y, last = _run("GRU", x, weight, recurrence, bias, lengths, _start(hidden, x, recurrence))
+    y, last = _run(op_type, x, weight, recurrence, bias, lengths, _start(hidden, x, recurrence))
     return (y, last) if outputs > 1 else y
 
 
-@function("RNN", only=KNOWN | {"activations": EITHER_WAY["RNN"]})
-def rnn(
-    x: Tensor,
-    weight: Tensor,
-    recurrence: Tensor,
-    bias: Tensor | None = None,
-    lengths: Tensor | None = None,
-    hidden: Tensor | None = None,
-    *,
-    hidden_size: int = 0,
-    direction: str = "forward",
-    layout: int = 0,
-    activations: Sequence[str] = (),
-    outputs: int = 1,
-) -> Tensor | tuple[Tensor, ...]:
-    y, last = _run("RNN", x, weight, recurrence, bias, lengths, _start(hidden, x, recurrence))
-    return (y, last) if outputs > 1 else y
+function("GRU", only=KNOWN | {"activations": EITHER_WAY["GRU"]}, needs={"linear_before_reset": 1})(gru_or_rnn)
+function("RNN", only=KNOWN | {"activations": EITHER_WAY["RNN"]})(gru_or_rnn)
 
 
 def _run(

@@ -5,6 +5,7 @@ What is marked `models` needs real models and data, in the folder that EFFC_DATA
 
 import os
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -27,3 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("models"):
             item.add_marker(absent)
+
+
+@pytest.fixture(scope="module")
+def one_torch_thread() -> Iterator[None]:
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

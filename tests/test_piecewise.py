@@ -13,18 +13,11 @@ from effc.piecewise import Part, parts
 from effc.registry import backend
 from tests.networks import Net, distance
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 X = (load_digits().images[:, None] / 16).astype(np.float32)[np.random.default_rng(0).permutation(1797)]
 RECIPE = "low-rank{macs=0.4, method=filters, asymmetric=false, nonlinear=false}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def chain() -> onnx.ModelProto:

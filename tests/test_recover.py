@@ -21,20 +21,13 @@ from effc.target import find
 from tests import networks
 from tests.networks import Net, distance, feeds, run
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 X, Y = load_digits(return_X_y=True)
 X = (X / 16).astype(np.float32)[np.random.default_rng(0).permutation(len(X))]
 Y = Y[np.random.default_rng(0).permutation(len(Y))]
 HOW = "recover{epochs=8, batch=32, learning_rate=0.05}"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ def network(
     made = [f"y{i}" for i in range(count)]
     direction = "bidirectional" if both else "forward"
     settings = {"hidden_size": HIDDEN, "direction": direction} | options | attributes
+    settings = {key: value for key, value in settings.items() if value is not None}
     net.nodes.append(helper.make_node(kind, inputs, made, name="layer", **settings))
     for name in made:
         net.output(name)
@@ -79,6 +80,7 @@ def test_they_are_trained_and_written_back(kind):
     ("kind", "options", "text"),
     [
         ("GRU", {"linear_before_reset": 0}, "has linear_before_reset=0"),
+        ("GRU", {"linear_before_reset": None}, "has linear_before_reset='its default'"),
         ("LSTM", {"direction": "reverse"}, "has direction='reverse'"),
         ("LSTM", {"clip": 1.0}, "has clip=1.0"),
         ("RNN", {"activations": ["Relu"]}, r"has activations=\('Relu',\)"),
