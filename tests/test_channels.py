@@ -21,15 +21,15 @@ FOLLOWED = ["plain", "residual", "depthwise", "branches", "mlp", "transposed", "
             "heads", "gated", "padded", "parts", "words"]  # fmt: skip
 
 
-def shuffled() -> onnx.ModelProto:
-    """Grouped 1 x 1 convolutions with a channel shuffle in between."""
+def shuffled(groups: int = 3) -> onnx.ModelProto:
+    """1 x 1 convolutions, grouped or not, with a channel shuffle in between."""
     net = Net("shuffled")
     x = net.relu(net.conv(net.input("x", ["N", 3, 6, 6]), 3, 12, 3, name="a", pads=[1] * 4))
-    x = net.conv(x, 12, 12, 1, name="b", group=3)
+    x = net.conv(x, 12, 12, 1, name="b", group=groups)
     x = net.node("Reshape", x, net.weight("apart", np.array([0, 3, 4, 6, 6])))
     x = net.node("Transpose", x, perm=[0, 2, 1, 3, 4])
     x = net.node("Reshape", x, net.weight("again", np.array([0, 12, 6, 6])))
-    net.head(net.conv(x, 12, 12, 1, name="c", group=3), 12)
+    net.head(net.conv(x, 12, 12, 1, name="c", group=groups), 12)
     return net.model()
 
 
@@ -156,8 +156,10 @@ def test_heads_stay_whole_and_go_together():
     assert len(inner.units) == 20
 
 
-def test_a_shuffle_keeps_as_many_channels_in_each_group():
-    _, found = traced("shuffled")
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_shuffle_keeps_as_many_channels_in_each_group(groups):
+    """Where the convolutions around it have no groups, it does so itself."""
+    found = channels(from_proto(shuffled(groups)))
     units = {p.weight: u.reshape(3, 4) for p, u in found.weights.items() if p.weight == "b.weight" and not p.reads}
     rows = units["b.weight"]
     np.testing.assert_array_equal(rows, np.broadcast_to(rows[:1], rows.shape))

@@ -76,6 +76,14 @@ def test_each_part_comes_closer_and_so_do_the_outputs(by):
     assert [n.op_type for n in trained.graph] == [n.op_type for n in split.graph]
 
 
+def test_norms_inside_of_a_block_keep_their_statistics():
+    trained = optimize(chain(), f"{RECIPE}, recover{{by=block, epochs=2, batch=16}}")
+    original = from_proto(chain())
+    for name in ("b2.running_mean", "b2.running_var"):
+        found, expected = (m.graph.initializers[name].const_value.numpy() for m in (trained, original))
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_what_lies_between_layers_stays_as_it_is():
     trained = optimize(chain(), f"{RECIPE}, recover{{by=layer, epochs=2, batch=16}}")
     norms = {name: v for name, v in from_proto(chain()).graph.initializers.items() if name.startswith(("b1", "b2"))}
