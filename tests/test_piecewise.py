@@ -77,7 +77,7 @@ def test_each_part_comes_closer_and_so_do_the_outputs(by):
 
 
 def test_norms_inside_of_a_block_keep_their_statistics():
-    trained = optimize(chain(), f"{RECIPE}, recover{{by=block, epochs=2, batch=16}}")
+    trained = optimize(chain(), f"{RECIPE}, recover{{by=block, epochs=30, batch=16, learning_rate=0.003}}")
     original = from_proto(chain())
     for name in ("b2.running_mean", "b2.running_var"):
         found, expected = (m.graph.initializers[name].const_value.numpy() for m in (trained, original))
