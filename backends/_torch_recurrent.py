@@ -19,8 +19,7 @@ EITHER_WAY = {kind: (usual, usual * 2) for kind, usual in USUAL.items()}  # forw
 KNOWN = {"direction": ("forward", "bidirectional"), "layout": (0,)}
 
 
-@function("LSTM", only=KNOWN | {"input_forget": (0,), "activations": EITHER_WAY["LSTM"]})
-def lstm(
+def recurrent(
     x: Tensor,
     weight: Tensor,
     recurrence: Tensor,
@@ -30,42 +29,26 @@ def lstm(
     cell: Tensor | None = None,
     peepholes: Tensor | None = None,
     *,
-    hidden_size: int = 0,
-    direction: str = "forward",
-    layout: int = 0,
-    input_forget: int = 0,
-    activations: Sequence[str] = (),
-    outputs: int = 1,
-) -> Tensor | tuple[Tensor, ...]:
-    if peepholes is not None:
-        raise BadInput("LSTM with peepholes has no trainable form")
-    start = _start(hidden, x, recurrence), _start(cell, x, recurrence)
-    y, *states = _run("LSTM", x, weight, recurrence, bias, lengths, start)
-    return (y, *states)[:outputs] if outputs > 1 else y
-
-
-def gru_or_rnn(
-    x: Tensor,
-    weight: Tensor,
-    recurrence: Tensor,
-    bias: Tensor | None = None,
-    lengths: Tensor | None = None,
-    hidden: Tensor | None = None,
-    *,
     op_type: str,
     hidden_size: int = 0,
     direction: str = "forward",
     layout: int = 0,
+    input_forget: int = 0,
     linear_before_reset: int = 1,
     activations: Sequence[str] = (),
     outputs: int = 1,
 ) -> Tensor | tuple[Tensor, ...]:
-    y, last = _run(op_type, x, weight, recurrence, bias, lengths, _start(hidden, x, recurrence))
-    return (y, last) if outputs > 1 else y
+    if peepholes is not None:
+        raise BadInput(f"{op_type} with peepholes has no trainable form")
+    start = _start(hidden, x, recurrence)
+    given = (start, _start(cell, x, recurrence)) if op_type == "LSTM" else start
+    made = _run(op_type, x, weight, recurrence, bias, lengths, given)
+    return made[:outputs] if outputs > 1 else made[0]
 
 
-function("GRU", only=KNOWN | {"activations": EITHER_WAY["GRU"]}, needs={"linear_before_reset": 1})(gru_or_rnn)
-function("RNN", only=KNOWN | {"activations": EITHER_WAY["RNN"]})(gru_or_rnn)
+function("LSTM", only=KNOWN | {"input_forget": (0,), "activations": EITHER_WAY["LSTM"]})(recurrent)
+function("GRU", only=KNOWN | {"activations": EITHER_WAY["GRU"]}, needs={"linear_before_reset": 1})(recurrent)
+function("RNN", only=KNOWN | {"activations": EITHER_WAY["RNN"]})(recurrent)
 
 
 def _run(

@@ -206,7 +206,7 @@ def _export(torch: Any, module: Any, call: Call, sizes: Any, name: str) -> Any:
     try:
         with torch.no_grad(), _quiet():
             return torch.export.export(module, call.args, dict(call.kwargs) or None, dynamic_shapes=sizes, strict=False)
-    except Exception as error:  # whatever torch or the forward method raises
+    except Exception as error:  # torch traces the user's forward method, which may raise anything
         said = str(error)
         if "data-dependent" in said or "data dependent" in said:
             raise BadInput(
@@ -232,7 +232,7 @@ def _to_onnx(torch: Any, program: Any, name: str) -> ir.Model:
     try:
         with _quiet():
             exported = torch.onnx.export(program, (), dynamo=True, optimize=False, verbose=False)
-    except Exception as error:  # the exporter wraps whatever its functions raise
+    except Exception as error:  # what failed is the cause, of any type, somewhere inside of the exporter's own errors
         while error.__cause__ is not None:
             error = error.__cause__
         if found := re.search(r"No ONNX function found for <OpOverload\(op='([\w.]+)'", str(error)):

@@ -69,10 +69,11 @@ def case(name: str, op: str, *inputs: np.ndarray | None, opset: int = 17, **attr
     CASES[name] = (op, inputs, opset, attributes)
 
 
-for op in (  # noqa: SIM905
-    "Abs Atan Ceil Cos Cosh Erf Exp Floor HardSwish Identity IsNaN Neg Reciprocal Relu Round Sigmoid Sign Sin Sinh "
-    "Softplus Softsign Tan Tanh Elu Celu Selu LeakyRelu ThresholdedRelu HardSigmoid Shrink Asinh"
-).split():
+ELEMENTWISE = """
+    Abs Atan Ceil Cos Cosh Erf Exp Floor HardSwish Identity IsNaN Neg Reciprocal Relu Round Sigmoid Sign Sin Sinh
+    Softplus Softsign Tan Tanh Elu Celu Selu LeakyRelu ThresholdedRelu HardSigmoid Shrink Asinh
+"""
+for op in ELEMENTWISE.split():
     case(op, op, X)
 for op in ("Sqrt", "Log", "Acos", "Asin", "Atanh"):
     case(op, op, positive(2, 3))
