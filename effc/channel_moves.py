@@ -11,9 +11,10 @@ from effc.channel_trace import FIXED, RULES, Map, Trace, laid, ranked, squeezed
 
 
 @RULES.rule("Transpose")
-def _transposed(trace: Trace, node: ir.Node) -> Map:
+def _transposed(trace: Trace, node: ir.Node) -> Map | None:
     units = trace.of(node.inputs[0])
-    return units.transpose(list(node.attributes.get_ints("perm", tuple(reversed(range(units.ndim))))))
+    order = list(node.attributes.get_ints("perm", tuple(reversed(range(units.ndim)))))
+    return units.transpose(order) if len(order) == units.ndim else None  # else a rank that dynamic sizes decide
 
 
 @RULES.rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")

@@ -143,10 +143,16 @@ def _combined(trace: Trace, node: ir.Node) -> Map:
 @RULES.rule("Abs", "Acos", "Asin", "Atan", "Cast", "CastLike", "Ceil", "Celu", "Clip", "Cos", "Dropout", "Elu", "Erf",
             "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN", "LeakyRelu", "Log",
             "Mish", "Neg", "Not", "Reciprocal", "Relu", "Round", "Selu", "Shrink", "Sigmoid", "Sign", "Sin", "Softplus",
-            "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu",
-            "MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")  # fmt: skip
+            "Softsign", "Sqrt", "Swish", "Tan", "Tanh", "ThresholdedRelu")  # fmt: skip
 def _passed(trace: Trace, node: ir.Node) -> Map:
     return trace.of(node.inputs[0])
+
+
+@RULES.rule("MaxPool", "AveragePool", "LpPool", "GlobalAveragePool", "GlobalMaxPool", "GlobalLpPool")
+def _pooled(trace: Trace, node: ir.Node) -> Map | None:
+    """Over positions; not over units."""
+    units = trace.of(node.inputs[0])
+    return None if any(length > 1 for length in units.shape[2:]) else units
 
 
 @RULES.rule("QuantizeLinear", "DequantizeLinear")
@@ -159,7 +165,7 @@ def _coded(trace: Trace, node: ir.Node) -> Map | None:
 @RULES.rule("Resize", "Upsample", "DepthToSpace", "SpaceToDepth")
 def _resized(trace: Trace, node: ir.Node) -> Map | None:
     before, after = (trace.shapes.get(v.name) for v in (node.inputs[0], node.outputs[0]))
-    return trace.of(node.inputs[0]) if before and after and before[:2] == after[:2] else None
+    return _pooled(trace, node) if before and after and before[:2] == after[:2] else None
 
 
 # --- along axes
@@ -177,7 +183,8 @@ def _together(trace: Trace, node: ir.Node) -> Map:
         last = -1 if trace.model.opset >= 13 or "Layer" in node.op_type else 1
         first = node.attributes.get_int("axis", last) % rank
         several = "Normalization" in node.op_type and node.op_type != "LpNormalization"
-        axes = range(first, rank) if several or (trace.model.opset < 13 and "oftmax" in node.op_type) else [first]
+        flattening = trace.model.opset < 13 and node.op_type in ("Softmax", "LogSoftmax", "Hardmax")
+        axes = range(first, rank) if several or flattening else [first]
     if any(units.ndim and units.shape[axis] > 1 for axis in axes):
         trace.pin(units, f"{node.op_type} {node.name!r} depends on how many there are")
     return units
@@ -209,5 +216,8 @@ def _axes(trace: Trace, node: ir.Node, rank: int) -> list[int] | None:
         return [axis % rank for axis in node.attributes.get_ints("axes")]
     if len(node.inputs) > 1 and node.inputs[1] is not None:
         tensor = constant_tensor(node.inputs[1])
-        return None if tensor is None else [int(axis) % rank for axis in tensor.numpy().reshape(-1)]
-    return list(range(rank))
+        if tensor is None:
+            return None
+        if tensor.size:
+            return [int(axis) % rank for axis in tensor.numpy().reshape(-1)]
+    return [] if node.attributes.get_int("noop_with_empty_axes", 0) else list(range(rank))

@@ -14,6 +14,7 @@ from effc.model import Model, constant_tensor, holds_graphs
 from effc.table import OpTable
 
 FIXED = -1  # no unit: it cannot be removed
+BATCH, ANY = 2, 7  # lengths taken for a dynamic batch, and for other dynamic dimensions
 Map = np.ndarray
 
 
@@ -27,7 +28,8 @@ class Trace:
 
     def __init__(self, model: Model) -> None:
         self.model = model
-        self.shapes = model.shapes(model.batch or 2)
+        symbols = {d for info in model.inputs for d in (info.shape or ())[1:] if isinstance(d, str)}
+        self.shapes = model.shapes(model.batch or BATCH, dict.fromkeys(symbols, ANY))
         self.tensors: dict[str, Map] = {}
         self.weights: dict[tuple[str, int, bool], Map] = {}
         self._count = 0
@@ -51,7 +53,7 @@ class Trace:
         return np.arange(self._count - count, self._count)
 
     def unite(self, a: Map, b: Map) -> None:
-        """Units at the same place, broadcast, become one; beside what is fixed they are fixed as well."""
+        """Units at the same place, broadcast, become one."""
         a, b = (x.reshape(-1) for x in np.broadcast_arrays(a, b))
         both = (a >= 0) & (b >= 0) & (a != b)
         if both.any():
@@ -63,8 +65,15 @@ class Trace:
             self._pins.append((units, why))
 
     def weigh(self, value: ir.Value | None, axis: int, units: Map, *, reads: bool = False) -> None:
-        """A weight has these units along an axis, and those that another reader found there."""
+        """A weight has these units along an axis, and those that another reader found there.
+
+        What is no weight but a tensor meets them number by number.
+        """
         if value is None:
+            return
+        if not value.is_initializer():
+            own = self.of(value)
+            self.meet(laid(units, axis, max(own.ndim, 1)), own, self._obstacle(value, f"{value.name!r} is no weight"))
             return
         key = value.name, axis, reads
         known = self.weights.setdefault(key, units)
@@ -99,12 +108,12 @@ class Trace:
         why = f"{node.op_type} {node.name!r} combines it with what cannot be removed"
         axes = [axis for axis, length in enumerate(size) if length > 1]
         empty = True
-        for _, units, sizes in live:
+        for value, units, sizes in live:
             units = np.broadcast_to(units, size)
             if (units < 0).all() and sizes is not None and all(sizes[axis] == 1 for axis in axes):
                 continue  # one number for all channels
             if not empty:
-                self.meet(found, units, why)
+                self.meet(found, units, self._obstacle(value, why))
             found, empty = np.where(found >= 0, found, units), False
         for value, _, sizes in parts:
             if constant_tensor(value) is not None and sizes is not None:
@@ -117,24 +126,35 @@ class Trace:
             rank = len(self.shapes[value.name])
             self.weigh(value, own[0] - (len(sizes) - rank), found.reshape(-1))
         elif own:
-            self.pin(found, f"{node.op_type} {node.name!r} combines it with a constant of several axes")
+            what = "of several axes" if value.is_initializer() else "that is no weight; simplify makes it one"
+            self.pin(found, f"{node.op_type} {node.name!r} combines it with a constant {what}")
+
+    def _obstacle(self, value: ir.Value, otherwise: str) -> str:
+        """Why units that meet a tensor cannot be removed, if it has none."""
+        maker = value.producer()
+        read = [] if maker is None else [v for v in maker.inputs if v is not None]
+        if read and all(constant_tensor(v) is not None for v in read):
+            return f"{value.name!r} is computed from weights; simplify makes it one"
+        return otherwise
 
     def keep_rectangular(self) -> None:
         """Where two axes of a tensor hold units together, indices of the first stay whole: groups of a shuffle."""
-        for _ in range(3):
+        waiting = [(name, m) for name, m in self.tensors.items() if sum(length > 1 for length in m.shape) > 1]
+        while waiting:
             names, _ = self.united()
+            first = np.append(np.unique(names[:-1], return_index=True)[1], FIXED)  # a unit for each number
             joint = []
-            for units in self.tensors.values():
-                if sum(length > 1 for length in units.shape) < 2:
+            for name, units in waiting:
+                found = squeezed(np.where(units >= 0, first[names[units]], FIXED))
+                axes = [axis for axis, length in enumerate(found.shape) if length > 1]
+                if len(axes) < 2:
                     continue
-                units = squeezed(np.where(units >= 0, names[units], FIXED))
-                axes = [axis for axis, length in enumerate(units.shape) if length > 1]
-                if len(axes) > 1:
-                    joint.append((units, axes[0]))
-            if not joint:
-                return
-            for units, axis in joint:
-                self.unite(units, np.take(units, [0], axis))
+                if (found < 0).any():
+                    self.pin(found, f"{name!r} holds it along two axes, with what cannot be removed")
+                    continue
+                self.unite(found, np.take(found, [0], axes[0]))
+                joint.append((name, units))
+            waiting = joint
 
     def united(self) -> tuple[np.ndarray, dict[int, str]]:
         """Unit -> its final number, and final number -> why it is pinned."""
@@ -154,7 +174,8 @@ RULES: OpTable[Rule] = OpTable("channels")
 
 def follow(trace: Trace, node: ir.Node) -> None:
     """Take the units of a node's inputs to its outputs; what no rule knows is pinned."""
-    rule = None if holds_graphs(node) else RULES.find(node)
+    ranks_known = all(v is None or trace.shapes.get(v.name) is not None for v in node.inputs)
+    rule = RULES.find(node) if ranks_known and not holds_graphs(node) else None
     if rule is not None:
         made = rule(trace, node)
         if made is not None:

@@ -192,6 +192,105 @@ def test_a_norm_over_channels_keeps_them_and_says_so():
     assert len(table.units) == 10 and table.pinned is None
 
 
+def made_by(found: Channels, weight: str) -> set[str | None]:
+    """Why the units that a weight makes cannot be removed."""
+    return {group.pinned for group in found.groups if any(p.weight == weight and not p.reads for p in group.places)}
+
+
+def test_a_pool_over_channels_pins_them():
+    """Channels moved to where a pool looks for positions."""
+    net = Net("pooled")
+    x = net.node("MatMul", net.input("x", ["N", 2, 5, 6]), net.weight("w", net.random(6, 8)))
+    y = net.node("AveragePool", x, kernel_shape=[1, 2], strides=[1, 2], name="pool")
+    net.output(net.node("MatMul", y, net.weight("v", net.random(4, 3))), ["N", 2, 5, 3])
+    assert made_by(channels(from_proto(net.model())), "w") == {"AveragePool 'node_pool' is not understood"}
+
+
+def test_a_sum_over_no_axes_passes_units_on():
+    net = Net("nothing")
+    x = net.node("MatMul", net.input("x", ["N", 6]), net.weight("w", net.random(6, 8)))
+    y = net.node("ReduceSum", x, net.weight("none", np.zeros(0, np.int64)), noop_with_empty_axes=1)
+    net.output(net.node("MatMul", y, net.weight("v", net.random(8, 3))), ["N", 3])
+    found = channels(from_proto(net.model()))
+    (made,), (read,) = ([u for p, u in found.weights.items() if p == place] for place in (("w", 1, 0), ("v", 0, 1)))
+    np.testing.assert_array_equal(made, read)
+    assert made_by(found, "w") == {None}
+
+
+def test_weights_that_are_computed_are_pinned_with_what_helps():
+    net = Net("computed")
+    x = net.relu(net.conv(net.input("x", ["N", 3, 6, 6]), 3, 8, 3, name="a"))
+    scale = net.node("Unsqueeze", net.weight("s", net.random(8)), net.weight("at", np.array([1, 2])))
+    net.head(net.node("Mul", x, scale), 8)
+    (reason,) = made_by(channels(from_proto(net.model())), "a.weight")
+    assert reason.endswith("is computed from weights; simplify makes it one")
+
+
+def test_what_is_added_to_a_layer_by_another_is_no_weight():
+    """A Gemm whose third operand is an activation: its units go with those that the Gemm makes."""
+    net = Net("gemm")
+    x = net.input("x", ["N", 6])
+    other = net.node("MatMul", x, net.weight("u", net.random(6, 8)))
+    y = net.node("Gemm", x, net.weight("w", net.random(6, 8)), other)
+    net.output(net.node("MatMul", net.relu(y), net.weight("v", net.random(8, 3))), ["N", 3])
+    found = channels(from_proto(net.model()))
+    (group,) = [g for g in found.groups if g.pinned is None and len(g.units) == 8]
+    assert {place.weight for place in group.places} == {"u", "w", "v"}
+
+
+def test_a_shuffle_beside_what_is_fixed_ends_and_pins():
+    net = Net("beside")
+    x = net.input("x", ["N", 6, 4, 4])
+    y = net.node("Concat", net.conv(x, 6, 3, 1, name="a"), net.node("Slice", x, *(
+        net.weight(n, np.array([v])) for n, v in (("b", 0), ("e", 3), ("at", 1)))), axis=1)  # fmt: skip
+    y = net.node("Reshape", y, net.weight("apart", np.array([0, 2, 3, 4, 4])))
+    y = net.node("Transpose", y, perm=[0, 2, 1, 3, 4])
+    net.head(net.node("Reshape", y, net.weight("again", np.array([0, 6, 4, 4]))), 6)
+    assert None not in made_by(channels(from_proto(net.model())), "a.weight")
+
+
+def test_channels_laid_out_as_boxes_stay_whole():
+    """A detector's head: [N, 6, H, W] read as [N, 3 H W, 2], behind other units, so that numbers of units differ."""
+    net = Net("boxes")
+    x = net.relu(net.conv(net.input("x", ["N", 3, 4, 4]), 3, 8, 1, name="a"))
+    y = net.node("Transpose", net.conv(x, 8, 6, 1, name="b"), perm=[0, 2, 3, 1])
+    y = net.node("Reshape", y, net.weight("apart", np.array([0, 48, 2])))
+    net.output(net.node("ReduceMean", y, axes=[1], keepdims=0), ["N", 2])
+    found = channels(from_proto(net.model()))
+    assert made_by(found, "a.weight") == {None}
+    (at,) = (units for place, units in found.weights.items() if place == ("b.weight", 0, False))
+    np.testing.assert_array_equal(at, at[[0, 1]].tolist() * 3)
+
+
+def test_tensors_of_unknown_rank_pin_what_meets_them():
+    net = Net("unknown")
+    x = net.conv(net.input("x", ["N", 3, 4, 4]), 3, 8, 1, name="a")
+    shape = net.input("shape", ["R"], np.int64)
+    y = net.node("Transpose", net.node("Reshape", x, shape), perm=[0, 2, 1])
+    net.output(net.node("ReduceSum", y, keepdims=0), [])
+    assert None not in made_by(channels(from_proto(net.model())), "a.weight")
+
+
+def test_sequences_may_be_of_any_length():
+    """The heads of attention are found as where the length is stated."""
+    proto = heads()
+    for value in (*proto.graph.input, *proto.graph.output):
+        value.type.tensor_type.shape.dim[1].dim_param = "L"
+    for tensor in proto.graph.initializer:
+        if tensor.name.endswith((".apart", "together")):
+            sizes = [0 if size == 5 else size for size in numpy_helper.to_array(tensor)]
+            tensor.CopyFrom(numpy_helper.from_array(np.array(sizes), tensor.name))
+        if tensor.name == "mask":
+            tensor.CopyFrom(numpy_helper.from_array(np.zeros((1, 1, 1, 1), np.float32), "mask"))
+    assert removable(channels(from_proto(proto))) == 3 + 20
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_every_network_is_followed_to_its_end(name):
+    _, found = traced(name)
+    assert found.groups and all(group.units and group.places for group in found.groups)
+
+
 def test_outputs_and_what_is_not_understood_are_pinned_with_the_reason():
     _, found = traced("control")
     reasons = {group.pinned for group in found.groups}
