@@ -20,6 +20,8 @@ def _transposed(trace: Trace, node: ir.Node) -> Map | None:
 @RULES.rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 def _reshaped(trace: Trace, node: ir.Node) -> Map | None:
     units = trace.of(node.inputs[0])
+    if node.op_type == "Reshape":
+        _pin_computed(trace, node)
     before, after = (trace.shape(v) for v in (node.inputs[0], node.outputs[0]))
     if before is None or after is None or 0 in before:
         return np.full((1,) * len(after), FIXED) if after is not None and units.size == 1 and units.max() < 0 else None
@@ -55,8 +57,16 @@ def _parts(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[list[i
         yield own, new
 
 
+def _pin_computed(trace: Trace, node: ir.Node) -> None:
+    """Sizes that a node is given can be changed only where they are numbers."""
+    if trace.model.constant(node.inputs[1]) is None:
+        why = f"{node.op_type} {node.name!r} is given sizes that are computed; simplify makes them numbers"
+        trace.pin(trace.of(node.inputs[0]), why)
+
+
 @RULES.rule("Expand")
 def _expanded(trace: Trace, node: ir.Node) -> Map | None:
+    _pin_computed(trace, node)
     shape = trace.shapes.get(node.outputs[0].name)
     return None if shape is None else ranked(trace.of(node.inputs[0]), len(shape))
 
