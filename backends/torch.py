@@ -8,13 +8,14 @@ when the backend is made.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from effc.errors import BadInput
 from effc.model import Model
+from effc.runtime import Gradients, Slice
 
 if TYPE_CHECKING:
     import torch
@@ -76,3 +77,23 @@ class Torch:
     def mask(self, view: fx.GraphModule, name: str, kept: np.ndarray) -> None:
         """Hold a weight at zero where `kept` is zero; see `_torch_view.mask`."""
         self._of.mask(view, name, kept)
+
+    def curvature(self, view: fx.GraphModule, feeds: Iterable[Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Initializer -> d^2E/dw^2 of each of its numbers; see `_torch_curvature.curvature`."""
+        from ._torch_curvature import curvature
+
+        return curvature(view, feeds)
+
+    def gradients(
+        self,
+        view: fx.GraphModule,
+        feeds: Iterable[Mapping[str, np.ndarray]],
+        labels: Sequence[np.ndarray] | None = None,
+        *,
+        units: Sequence[Slice] = (),
+        seed: int = 0,
+    ) -> Gradients:
+        """Mean and squared gradients, sample by sample; see `effc.runtime.Trainer.gradients`."""
+        from ._torch_gradients import gradients
+
+        return gradients(view, feeds, labels, units=units, seed=seed)

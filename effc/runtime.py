@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -103,6 +103,37 @@ class Backend(Protocol):
         ...
 
 
+class Slice(NamedTuple):
+    """Weights that belong to units, as `effc.channels` has them: an initializer, and units along one of its axes.
+
+    Attributes:
+        units: number of the unit of each index along the axis, or, where the axis is None, of each number of the
+            initializer; -1 for none. Several slices may name the same units.
+    """
+
+    weight: str
+    axis: int | None
+    units: np.ndarray
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients g_n of a loss by the weights w, over samples n.
+
+    Attributes:
+        mean: initializer -> E g_n.
+        squares: initializer -> E g_n^2, number by number: the diagonal of the empirical Fisher information.
+        products, taylor, fisher: [U] of the units asked for, s_n the sum of g_n w over a unit's weights: E s_n, E |s_n|
+            and E s_n^2.
+    """
+
+    mean: Mapping[str, np.ndarray]
+    squares: Mapping[str, np.ndarray]
+    products: np.ndarray
+    taylor: np.ndarray
+    fisher: np.ndarray
+
+
 class Trainer(Protocol):
     """A framework that trains a model. A view is its own kind of object, which `effc` hands on and never looks into."""
 
@@ -136,4 +167,38 @@ class Trainer(Protocol):
 
     def session(self, view: Any) -> Session:
         """A view ready to run on arrays."""
+        ...
+
+    def mask(self, view: Any, name: str, kept: np.ndarray) -> None:
+        """Hold numbers of a weight at zero, through training and when written back: those where `kept` is zero."""
+        ...
+
+    def curvature(self, view: Any, feeds: Iterable[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+        """Trained initializer -> h >= 0 such that h w^2 / 2 is the damage of setting w to zero, to second order.
+
+        Raises:
+            BadInput: the view holds a function whose curvature is not known.
+        """
+        ...
+
+    def gradients(
+        self,
+        view: Any,
+        feeds: Iterable[Mapping[str, np.ndarray]],
+        labels: Sequence[np.ndarray] | None = None,
+        *,
+        units: Sequence[Slice] = (),
+        seed: int = 0,
+    ) -> Gradients:
+        """Gradients of the trained initializers, sample by sample; the view must take one sample at a time.
+
+        Args:
+            labels: classes, batch by batch: the loss is their cross entropy. Without, targets are drawn from the
+                network's own outputs, so that the mean square is the Fisher information, on the scale of `curvature`.
+            units: weights that are taken together.
+            seed: of the draws.
+
+        Raises:
+            BadInput: labels without class scores, units of no trained weight or of another size.
+        """
         ...
