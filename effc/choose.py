@@ -22,6 +22,7 @@ QUANTITIES = {"macs": "macs", "size": "weight_bytes", "speedup": "seconds", "ene
 JUDGED_BY = {"macs": "macs", "size": "size", "speedup": "latency", "energy": "energy"}
 GOALS = {"latency": "seconds", "size": "weight_bytes", "energy": "energy", "macs": "macs"}
 ACCURACY = "accuracy"  # the goal of passes that only train
+COMPRESSED = "compressed size"  # the goal of passes that only make weights shorter to write down
 PREDICTED = ("seconds", "energy")  # 0 means: not known
 ROUNDS = 24
 ROUNDING = 1e-9
@@ -275,7 +276,7 @@ def pays(p: Proposal, goals: Sequence[str]) -> bool:
 
 def decisive(goal: str, proposals: Sequence[Proposal]) -> str:
     """The attribute of `Cost` by which rewrites are worth more or less; MACs where not all say what is predicted."""
-    quantity = GOALS[goal]
+    quantity = GOALS.get(goal, "macs")
     return quantity if all(known(p, quantity) for p in proposals) else "macs"
 
 

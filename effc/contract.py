@@ -212,12 +212,15 @@ class Pass(ABC):
             largest max|a - b| / max|a| over any output that is still rounding, and the manager holds the pass to it
             (in models of 16-bit weights, to four units in their last place).
         recovers: True for a pass that regains accuracy and so ends the stage of a lossy pass before it.
+        judged_by: what a stage of such passes has to lower in place of the goal, unless a budget says else: for a pass
+            that can gain one thing alone.
     """
 
     name: ClassVar[str]
     exact: ClassVar[bool] = False
     tolerance: ClassVar[float] = 0.0
     recovers: ClassVar[bool] = False
+    judged_by: ClassVar[str | None] = None
 
     @abstractmethod
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import sem
 
-from effc.choose import ACCURACY, GOALS, PREDICTED, pays
+from effc.choose import ACCURACY, COMPRESSED, GOALS, PREDICTED, pays
+from effc.compressed import compressed_size
 from effc.contract import Context, Progress, Proposal, no_progress
 from effc.cost import Cost, cost
 from effc.data import Data
@@ -144,6 +145,11 @@ class Guard:
     def _pays(self, record: StageRecord, goal: str, before: Model, after: Model, lossy: bool) -> None:
         if goal == ACCURACY:
             self._more_accurate(record, before)
+            return
+        if goal == COMPRESSED:
+            a, b = compressed_size(before), compressed_size(after)
+            if b > SMALLER * a:
+                self._reject(record, f"its weights do not compress better: {a:,} bytes before, {b:,} after")
             return
         if goal != "latency":
             quantity = GOALS[goal]

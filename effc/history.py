@@ -161,7 +161,7 @@ class StageRecord:
     Attributes:
         cause: in a word what undid it: "deployment", "prediction", "accuracy" or "goal".
         latency, predicted: of the model after beside that before, measured and predicted.
-        goals: what it was judged by: "latency", "size", "energy", "macs", "accuracy".
+        goals: what it was judged by: "latency", "size", "energy", "macs", "accuracy", "compressed size".
     """
 
     passes: list[PassRecord]

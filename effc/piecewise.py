@@ -23,6 +23,7 @@ from effc.extract import between, part
 from effc.finetune import Finetune, Fitted, Schedule, torch_threads
 from effc.model import Model, constant_tensor
 from effc.walk import Walk, samples
+from effc.zeros import hold_zeros, sparser
 
 SAMPLES = 4096  # at most; fewer where they take too much memory (`walk.samples`)
 By = Literal["whole", "block", "layer"]
@@ -66,7 +67,7 @@ def parts(model: Model, original: Model, by: By) -> list[Part]:
     Layers lie between tensors that both models have. Blocks lie between those of them that all paths lead through.
     """
     own, there = made(model), made(original)
-    changed = set(rewritten(model, [original]))
+    changed = set(rewritten(model, [original])) | sparser(model, original)
     common = {name for name, (_, *kind) in own.items() if name in there and there[name][1:] == (*kind,)}
     ends = common if by == "layer" else common & _through(model)
     found = []
@@ -99,14 +100,16 @@ def _through(model: Model) -> set[str]:
 
 
 def train_parts(
-    model: Model, original: Model, by: By, schedule: Schedule, validation: float, where: str, context: Context
-) -> list[str]:
+    model: Model, original: Model, by: By, schedule: Schedule, validation: float, where: str, context: Context,
+    *, keep_zeros: bool = True,
+) -> list[str]:  # fmt: skip
     """Train the rewritten parts of a model in place; what is worth telling, one sentence each.
 
     Args:
         schedule: of each part.
         validation: share of the samples that is held out, to judge epochs.
         where: "cpu" or "cuda".
+        keep_zeros: weights that were pruned stay zero.
 
     Raises:
         BadInput: data do not fit.
@@ -125,7 +128,7 @@ def train_parts(
         inputs, target = here.to(*each.entries), there.to(each.end)
         data = _data([{**read, _TARGET: wanted[each.end]} for read, wanted in zip(inputs, target, strict=True)])
         count = len(data)
-        if (one := _fit(model, each, data, schedule, validation, where, context)) is not None:
+        if (one := _fit(model, each, data, schedule, validation, where, context, keep_zeros)) is not None:
             fitted.append(one)
         there.release(each.end)
         for name in set(each.entries).difference(*(later.entries for later in planned[number + 1 :])):
@@ -142,14 +145,17 @@ def _data(batches: Sequence[Mapping[str, np.ndarray]]) -> Data:
 
 
 def _fit(
-    model: Model, each: Part, data: Data, schedule: Schedule, validation: float, where: str, context: Context
-) -> Fitted | None:
+    model: Model, each: Part, data: Data, schedule: Schedule, validation: float, where: str, context: Context,
+    keep_zeros: bool,
+) -> Fitted | None:  # fmt: skip
     """Train one part and put its weights into the model; None where it has none of its own."""
     trainer = registry.trainer()
     nodes, entries = between([model.value(each.end)], each.entries)
     first = next(data.batches(1)).feeds
     alone = part(model, nodes, entries, [model.value(each.end)], {v.name: first[v.name].dtype for v in entries})
     view = trainer.view(alone)
+    if keep_zeros:
+        hold_zeros(trainer, view, alone)
     for name, weight in trainer.weights(view).items():
         if any(reader not in nodes for reader in model.value(name).consumers()):
             weight.requires_grad_(False)  # others read it too

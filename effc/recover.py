@@ -34,6 +34,7 @@ from effc.piecewise import By, rewritten, train_parts
 from effc.reestimate import reestimate
 from effc.runtime import Session
 from effc.target import find as find_target
+from effc.zeros import hold_zeros
 
 HELD_OUT = 2048  # samples, at most, that judge epochs
 
@@ -80,6 +81,9 @@ class Recover(Pass):
     ] = 0.1
     augment: Annotated[Augment, Field(description="images mirrored, shifted by up to an eighth, or both")] = "none"
     frozen_norms: Annotated[bool, Field(description="batch norms keep their statistics while training")] = False
+    keep_zeros: Annotated[
+        bool, Field(description="weights that were pruned to zero stay so; false: they are trained as well, from there")
+    ] = True
     reestimate: Annotated[
         int, Field(ge=0, description="batches to take statistics of batch norms from anew, before training")
     ] = 0
@@ -128,6 +132,7 @@ def recover(model: Model, how: Recover, context: Context) -> list[str]:
     loss = Loss(how.temperature, how.labels if labelled else 0.0, how.features / max(len(features), 1), probabilities)
     with torch_threads(context.threads):
         view = trainer.view(model, expose=features)
+        held = hold_zeros(trainer, view, model) if how.keep_zeros else []
         reestimate(view, inputs, rest.shuffled(context.seed), how.batch, how.reestimate)
         training = Finetune(
             view, inputs, outputs, rest, held_out, loss, _schedule(how), features=features, wanted=wanted,
@@ -136,7 +141,7 @@ def recover(model: Model, how: Recover, context: Context) -> list[str]:
         )  # fmt: skip
         fitted = training.run()
     trainer.write_back(view, model)
-    return [_told(fitted, how, len(held_out))]
+    return [_told(fitted, how, len(held_out)), *held]
 
 
 @dataclass(frozen=True)
@@ -233,7 +238,9 @@ def _part_by_part(model: Model, how: Recover, context: Context) -> list[str]:
     if how.checkpoint is not None or len(context.teachers) > 1 or how.labels == 1 or how.augment != "none":
         raise BadInput(f"by={how.by} takes one teacher, no labels=1, augment or checkpoint: they are for by=whole")
     teacher = context.teachers[0] if context.teachers else context.original
-    return train_parts(model, teacher, how.by, _schedule(how), how.validation, device(how.device), context)
+    return train_parts(
+        model, teacher, how.by, _schedule(how), how.validation, device(how.device), context, keep_zeros=how.keep_zeros
+    )
 
 
 def _split(data: Data, share: float) -> tuple[Data, Data]:

@@ -40,11 +40,13 @@ class Stage:
 
     @property
     def goals(self) -> tuple[str, ...]:
-        """What budgets of its passes say that it is judged by, each once; empty where they say nothing."""
+        """What its passes say that it is judged by, by their budgets or by kind, each once; empty where they do not."""
         if self.only_recovers:
             return (ACCURACY,)
         budgets = (name for step in self.passes for name in step.budget())
-        return tuple(dict.fromkeys(JUDGED_BY[name] for name in budgets if name in JUDGED_BY))
+        stated = tuple(dict.fromkeys(JUDGED_BY[name] for name in budgets if name in JUDGED_BY))
+        kinds = [step.judged_by for step in self.passes if not step.recovers]
+        return stated or (() if None in kinds else tuple(dict.fromkeys(kind for kind in kinds if kind is not None)))
 
 
 @dataclass
