@@ -110,6 +110,22 @@ class Walk:
         other._done.add(node)
         return other
 
+    def replaced(self, name: str, by: str) -> Walk:
+        """A walk from here, as if one tensor of the main graph were another that was computed before it and is kept."""
+        other = self.fork()
+        if self._whole:
+            other.model = _redirected(self.model, name, by)
+            other._batches = [dict(feeds) for feeds in other._feeds]
+            return other
+        other.forget(name)
+        for batch, values in zip(other._batches, self._known(), strict=True):
+            batch[name] = values[by]
+        return other
+
+    def hold(self, names: Collection[str]) -> None:
+        """Keep these tensors as well, once they were computed."""
+        self._keep |= set(names)
+
     def release(self, name: str) -> None:
         """A tensor that was kept need not be any more."""
         self._keep.discard(name)
@@ -176,6 +192,13 @@ def _shifted(model: Model, node: ir.Node, weight: np.ndarray, shift: np.ndarray)
     edit.replace_uses(clone, out, add.outputs[0], where=lambda reader, _: reader is not add)
     if out.is_graph_output():
         edit.hand_over_output(clone, out, add.outputs[0])
+    return clone
+
+
+def _redirected(model: Model, name: str, by: str) -> Model:
+    """The model with every reader of one tensor reading another."""
+    clone = model.clone()
+    edit.replace_uses(clone, clone.value(name), clone.value(by))
     return clone
 
 

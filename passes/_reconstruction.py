@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from ._factors import Factors, Layer, Method, Setting, features
+from ._factors import Factor, Factors, Layer, Method, Setting, features
 
 WIDEST = 8192  # numbers of a patch whose covariance is held in memory
 RIDGE, MOST = 3e-3, 0.9  # of the mean variance of inputs, at least: so far weights are held to what they were
@@ -95,7 +95,7 @@ def reconstruct(
         factors = kind(layer, None, seed).fit(setting)
         return factors, seen.target.mean(axis=0, dtype=np.float64) * seen.biased - _matrix(factors) @ seen.mean
     spread, ridge = metric(seen.patches, seen.mean)
-    full = _regression(layer, seen, spread, ridge)
+    full = regression(layer, seen, spread, ridge)
     aim = replace(layer, weight=full.reshape(layer.weight.shape))
     factors = kind(aim, spread, seed).fit(setting)
     target = seen.target
@@ -105,12 +105,40 @@ def reconstruct(
     return factors, target.mean(axis=0, dtype=np.float64) * seen.biased - matrix @ seen.mean
 
 
+def refit(
+    layer: Layer, seen: Seen, kept: np.ndarray | None = None, *, nonlinear: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """The layer's own matrix [N, K] and bias [N] that come closest to what is wanted, from some numbers of the patch.
+
+    Args:
+        kept: [K] which numbers of the patch, in the order (c, i, j); None: all.
+
+    Of patches of more than `WIDEST` numbers only the mean is known: weights stay, and the bias makes up for it.
+    """
+    kept = np.arange(seen.patches.shape[1]) if kept is None else kept
+    if seen.patches.shape[1] > WIDEST:
+        matrix, target = layer.matrix[:, kept], seen.target
+    else:
+        spread, ridge = metric(seen.patches, seen.mean)
+        inside = spread[np.ix_(kept, kept)]
+        matrix = regression(layer, seen, spread, ridge)
+        if len(kept) < len(spread):  # of what the best makes, the part that the kept numbers tell
+            matrix = cho_solve(cho_factor(inside), spread[kept] @ matrix.T).T
+        target = seen.target
+        if nonlinear and seen.activated:
+            factors = (Factor(matrix[:, :, None, None]),)
+            fewer = seen if len(kept) == len(spread) else replace(seen, patches=seen.patches[:, kept])
+            factors, target = _through_activation(factors, fewer, inside, ridge)
+            matrix = _matrix(factors)
+    return matrix, target.mean(axis=0, dtype=np.float64) * seen.biased - matrix @ seen.mean[kept]
+
+
 def _matrix(factors: Factors) -> np.ndarray:
-    last = factors[-1].weight
-    return last.reshape(len(last), -1) @ features(factors)
+    last = factors[-1].weight.reshape(len(factors[-1].weight), -1)
+    return last if len(factors) == 1 else last @ features(factors)
 
 
-def _regression(layer: Layer, seen: Seen, spread: np.ndarray, ridge: float) -> np.ndarray:
+def regression(layer: Layer, seen: Seen, spread: np.ndarray, ridge: float) -> np.ndarray:
     """The matrix [N, D] that predicts the target best, held to the weights by the ridge."""
     off = seen.patches - seen.mean.astype(np.float32)
     target = seen.target - seen.target.mean(axis=0) * seen.biased
@@ -121,13 +149,13 @@ def _regression(layer: Layer, seen: Seen, spread: np.ndarray, ridge: float) -> n
 def _through_activation(factors: Factors, seen: Seen, spread: np.ndarray, ridge: float) -> tuple[Factors, np.ndarray]:
     """Turns of z and of the last factor, which the ridge holds to what it was; z [S, N] replaces the target."""
     off = seen.patches - seen.mean.astype(np.float32)
-    inner = features(factors)
-    seen_inside = off @ inner.T.astype(np.float32)  # [S, q], what the last factor sees
-    gram = inner @ spread @ inner.T
+    inner = features(factors) if len(factors) > 1 else None  # None: the patch itself
+    seen_inside = off if inner is None else off @ inner.T.astype(np.float32)  # [S, q], what the last factor sees
+    gram = spread.copy() if inner is None else inner @ spread @ inner.T
     gram.flat[:: len(gram) + 1] += 1e-9 * np.trace(gram) / len(gram)
     inverse = np.linalg.inv(gram)
     last = factors[-1].weight.reshape(len(factors[-1].weight), -1)
-    held = ridge * last @ (inner @ inner.T)
+    held = ridge * (last if inner is None else last @ (inner @ inner.T))
     bias = seen.target.mean(axis=0) * seen.biased
     cut = np.clip(seen.wanted, seen.low, seen.high)
     z = seen.target

@@ -239,12 +239,12 @@ def put(model: Model, site: Site, factors: Factors, bias: np.ndarray | None) -> 
         nodes.append(node)
         x = node.outputs[0]
     if site.adding is not None and bias is not None:
-        _set_added(model, site, added.astype(dtype))
+        set_added(model, site, added.astype(dtype))
     edit.replace(model, [site.node], nodes, {site.node.outputs[0]: x})
     return nodes
 
 
-def _set_added(model: Model, site: Site, numbers: np.ndarray) -> None:
+def set_added(model: Model, site: Site, numbers: np.ndarray) -> None:
     """Let the Add behind a MatMul add other numbers."""
     place, before = _operand(model, site.adding, site.node.outputs[0])
     value, numbers = site.adding.inputs[place], numbers.reshape(before.shape)
