@@ -1,8 +1,8 @@
 """Greedy order in which residual branches can go: next is always what hurts least, with those before it gone already.
 
 A branch's damage is the rise of the output divergence when it goes as well. Measured anew it mostly is larger than
-before others went: so the least of the old numbers is measured again, and taken when it still is the least (lazy greedy,
-Minoux 1978). Each measurement runs only what is behind the branch.
+before others went: so the least of the old numbers is measured again, and taken when it still is the least (lazy
+greedy, Minoux 1978). Each measurement runs only what is behind the branch.
 """
 
 from __future__ import annotations
