@@ -45,7 +45,7 @@ class Stage:
             return (ACCURACY,)
         budgets = (name for step in self.passes for name in step.budget())
         stated = tuple(dict.fromkeys(JUDGED_BY[name] for name in budgets if name in JUDGED_BY))
-        kinds = [step.judged_by for step in self.passes if not step.recovers]
+        kinds = [step.judged_by for step in self.passes if not step.recovers and not step.exact]
         return stated or (() if None in kinds else tuple(dict.fromkeys(kind for kind in kinds if kind is not None)))
 
 
