@@ -7,7 +7,7 @@ runtime fuses, and in which layout it computes, is then its own word.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx_ir as ir
@@ -81,13 +81,13 @@ class ChainCosts:
         context = self._context
         if not self._timed or not context.target.kernels or context.backend.name != context.target.runtime:
             return None
-        small = _network(place, factors, dense)
+        small = network(place, factors, dense)
         try:
             found, stands_for = context.backend.kernels(small, place.size[0], {}, context.threads)
         except EffcError:
             return None
-        own = _own(found, stands_for, len(factors))
-        own = [_moved_apart(kernel, place.around) for kernel in own]
+        own = own_kernels(found, stands_for)
+        own = [moved_apart(kernel, place.around) for kernel in own]
         if self._codes:
             weights = {kernel.name: shape for kernel, shape in _weights(own, factors)}
             own = [integer(kernel, weights.get(kernel.name)) or kernel for kernel in own]
@@ -125,7 +125,7 @@ def _tensors(place: Place, factors: Sequence[Factor], rows: Sequence[int]) -> li
     return sizes[:-1]
 
 
-def _network(place: Place, factors: Sequence[Factor], dense: bool) -> Model:
+def network(place: Place, factors: Sequence[Factor], dense: bool) -> Model:
     """The chain between a layer before and a layer behind (dense layers stand alone)."""
     x = ir.val("x", ir.DataType.FLOAT, ir.Shape(place.size))
     nodes: list[ir.Node] = []
@@ -160,7 +160,7 @@ def _network(place: Place, factors: Sequence[Factor], dense: bool) -> Model:
     return Model(ir.Model(graph, ir_version=8), "chain")
 
 
-def _own(found: Sequence[Kernel], stands_for: dict[str, str], count: int) -> list[Kernel]:
+def own_kernels(found: Sequence[Kernel], stands_for: Mapping[str, str]) -> list[Kernel]:
     """The kernels from the first factor to the last, and what the runtime puts in between them and their neighbours."""
     place = {kernel.name: index for index, kernel in enumerate(found)}
     start = place.get(stands_for.get("enter", ""), -1) + 1
@@ -171,7 +171,7 @@ def _own(found: Sequence[Kernel], stands_for: dict[str, str], count: int) -> lis
     return inside
 
 
-def _moved_apart(kernel: Kernel, around: float) -> Kernel:
+def moved_apart(kernel: Kernel, around: float) -> Kernel:
     """The kernel where so many bytes go through caches in one inference: its weights have left since the last one."""
     dims, own = dict(kernel.dims), family(kernel.dims)
     if own == CONVOLUTION:

@@ -47,6 +47,10 @@ OPTIONS: dict[str, list[str]] = {
         "prune-blocks{count=2, correct=false}",
         "prune-blocks{macs=0.5, size=0.5, speedup=1.5, damage=0.1, max_drop=0.25}",
     ],
+    "prune-groups": [
+        "prune-groups{saliency=l1, forms=[crop, taps], nonlinear=false, min_gain=1.5}",
+        "prune-groups{macs=0.5, size=0.5, speedup=1.5, damage=0.1, max_drop=0.25}",
+    ],
     "recover": [
         "recover{epochs=3, learning_rate=0.1, batch=8, labels=0.5, temperature=2, features=0.5, mean=geometric}",
         "recover{momentum=0.5, weight_decay=0.001, warmup=1, clip=1, patience=2, validation=0.25, augment=flip}",
@@ -60,12 +64,20 @@ RECIPES: dict[str, str] = {
     "low-rank": "low-rank{damage=0.02}",
     "prune-weights": "prune-weights{sparsity=0.3, compensate=true}",
     "prune-blocks": "prune-blocks{count=1}",
+    "prune-groups": "prune-groups{macs=0.7}",
     "recover": "recover{epochs=1, batch=4, learning_rate=0.001, validation=0.25, reestimate=2}",
 }
 
 # Largest max|a - b| / max|a| of a lossy pass's outputs from the original's, on any of the networks. For recover,
 # statistics of batch norms are taken anew, and those of the networks are random.
-BOUNDS: dict[str, float] = {"int8": 0.1, "low-rank": 0.6, "prune-blocks": 2.0, "prune-weights": 0.5, "recover": 10.0}
+BOUNDS: dict[str, float] = {
+    "int8": 0.1,
+    "low-rank": 0.6,
+    "prune-blocks": 2.0,
+    "prune-groups": 2.0,
+    "prune-weights": 0.5,
+    "recover": 10.0,
+}
 
 
 def pass_names() -> list[str]:

@@ -140,6 +140,7 @@ REFUSALS = [
     ("low-rank", "two_outputs", "node_conv_left", "its weight is shared with 'node_conv_right'"),
     ("prune-weights", "transformer", "node_matmul45", "its right operand is no constant"),
     ("prune-blocks", "residual", "node_b2_add", "both of its operands come from layers of their own"),
+    ("prune-groups", "depthwise", "node_dw", "it is depthwise"),
     ("recover", "control", "node_conv1", "trainable forms of local.Swish (node_swish) are unknown"),
     ("recover", "depthwise", "node_conv", "the model's batch is fixed at 1: training needs a free batch"),
     ("int8", "half", "node_conv1", "its weight is float16; float32 is lowered"),

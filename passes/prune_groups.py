@@ -1,0 +1,253 @@
+"""W [N, (c, i, j)]  ->  W [N, S]: groups (c, i, j) of a convolution's patch go for all of its filters at once.
+
+What is left is dense: a smaller kernel, fewer channels, or a thinned patch matrix before a 1 x 1 convolution
+(`_forms`; Lebedev and Lempitsky, "Fast ConvNets using group-wise brain damage", CVPR 2016). Each layer gets the form
+and the number of groups that pay best: what a form takes is predicted on the target, what it hurts is measured on
+calibration data. Then the layers are fitted one after another: which groups stay is decided by what the others can
+make up for, and their weights by least squares, inputs from the pruned prefix, targets from the original.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+from pydantic import Field
+
+from effc.choose import GOALS
+from effc.contract import Context, Pass, Proposal, Skipped
+from effc.cost import Cost
+from effc.layers import constant_weight
+from effc.model import Model
+from effc.walk import Walk, samples
+
+from ._form_costs import FormCosts, place_of, scaled
+from ._forms import OPSET, by_tap, columns, emit, of_channels
+from ._group_saliency import Groups, Saliency, kept_of, windows
+from ._observed import moments, observe, sizes
+from ._reconstruction import WIDEST, Seen, metric, refit, regression
+from ._sites import Site, find
+from ._split_damage import USUAL, sensitivity, worth
+from ._weight_saliency import curvature
+
+SAMPLES, BATCHES = 512, 2  # to fit to; batches of them to measure damage on
+DAMAGE = 0.05
+SHARES = {"channels": (0.75, 0.625, 0.5, 0.375, 0.25), "taps": (0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05)}  # kept
+STEP = 8  # channels are kept in multiples of it
+
+
+@dataclass(frozen=True)
+class PruneGroups(Pass):
+    """Groups of a convolution's weights, removed for all filters alike."""
+
+    name: ClassVar[str] = "prune-groups"
+
+    saliency: Annotated[
+        Saliency,
+        Field(description="reconstruction: by what the others cannot make up for; l1; obd: damage to second order"),
+    ] = "reconstruction"
+    forms: Annotated[
+        tuple[Literal["crop", "channels", "taps"], ...], Field(description="what may be left of a layer")
+    ] = ("crop", "channels", "taps")
+    nonlinear: Annotated[bool, Field(description="fit what comes out behind the activation")] = True
+    min_gain: Annotated[
+        float, Field(ge=1, description="how many times cheaper a layer must get, as predicted, to be rewritten")
+    ] = 1.1
+    macs: Annotated[float | None, Field(gt=0, le=1, description="share of multiply-accumulates to keep at most")] = None
+    size: Annotated[float | None, Field(gt=0, le=1, description="share of weight bytes to keep at most")] = None
+    speedup: Annotated[float | None, Field(ge=1, description="predicted latency before over after, at least")] = None
+    damage: Annotated[
+        float | None, Field(gt=0, description="damage to do in all, on the report's scale; 0.05 without a budget")
+    ] = None
+    max_drop: Annotated[
+        float | None, Field(ge=0, description="points of the metric to lose at most; needs evaluation data")
+    ] = None
+
+    def budget(self) -> Mapping[str, float]:
+        given = super().budget()
+        return given if {"macs", "size", "speedup", "damage"} & given.keys() else {**given, "damage": DAMAGE}
+
+    def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
+        shapes = sizes(model, context)
+        costs = FormCosts(context, timed=self.speedup is not None or self._goal(context) == "latency")
+        planned: list[tuple[ir.Node, Cost, list[_Option]]] = []
+        for node in model.nodes("Conv"):
+            site = find(model, node, shapes)
+            found = site if isinstance(site, str) else self._options(site, model, shapes, costs, context)
+            if isinstance(found, str):
+                yield Skipped(node.name, found)
+            else:
+                planned.append((node, context.cost_of(model, [node.name]), found))
+        walk, reference = None, []
+        if context.calibration is not None and planned:
+            feeds = samples(model, context.calibration, SAMPLES)
+            walk = Walk(model, context.backend, feeds, threads=context.threads)
+            reference = walk.fork(BATCHES).outputs()
+        advance = context.progress("weighing groups of weights", len(planned))
+        for node, before, options in planned:
+            site = _site(model, node, shapes)
+            mean, covariance = (None, None) if walk is None else moments(site, walk, context)
+            found = self._weighed(site, options, covariance, model, context)
+            price = 1.0
+            if walk is not None and mean is not None:
+                errors = [error for _, error in found]
+                usual = float(np.clip(USUAL, min(errors), max(errors)))
+                price = sensitivity(site, walk, reference, covariance, mean, usual)
+            for (option, setting), error in found:
+                after = scaled(option.own, option.whole, before)
+                yield Proposal(site.name, (site.name,), setting, before, after, worth(price, error))
+            advance(1)
+
+    def _options(
+        self, site: Site, model: Model, shapes: Mapping[str, tuple | None], costs: FormCosts, context: Context
+    ) -> list[_Option] | str:
+        """The forms that are cheaper by `min_gain`, or why there is none."""
+        place = place_of(site, model, shapes, context)
+        if isinstance(place, str):
+            return place
+        whole = costs.of(site, place, "", None)
+        quantity = GOALS[self._goal(context)]
+        quantity = quantity if getattr(whole, quantity) else "macs"
+        found, best = [], (0.0, "")
+        for form, settings, kept in self._candidates(site, model):
+            own = costs.of(site, place, form, kept)
+            gain = getattr(whole, quantity) / max(getattr(own, quantity), 1e-30)
+            best = max(best, (gain, form))
+            if gain >= self.min_gain:
+                found.append(_Option(settings, whole, own))
+        if found:
+            return found
+        if not best[1]:
+            kernel = " x ".join(map(str, site.layer.kernel))
+            return f"none of the forms {', '.join(self.forms)} is there for a {kernel} kernel at opset {model.opset}"
+        said = f"the best, {best[1]}: {best[0]:.2f} times"
+        return f"no form is {self.min_gain:g} times cheaper in {_NAMES[quantity]} ({said})"
+
+    def _candidates(self, site: Site, model: Model) -> Iterator[tuple[str, list[dict], np.ndarray]]:
+        """Forms, alike in cost: their settings, and one set of groups to know the cost by."""
+        layer, size = site.layer, site.layer.matrix.shape[1]
+        if "crop" in self.forms:
+            for places in windows(layer):
+                yield "crop", [{"form": "crop", **p} for p in places], columns(layer, places[0])
+        if model.opset < OPSET:
+            return
+        if "channels" in self.forms:
+            for count in sorted({int(s * layer.inputs) // STEP * STEP for s in SHARES["channels"]} - {0}, reverse=True):
+                spread = np.linspace(0, layer.inputs - 1, count).round().astype(int)
+                yield "channels", [{"form": "channels", "kept": count}], of_channels(layer, spread)
+        if "taps" in self.forms and layer.taps > 1:
+            for count in sorted({round(s * size) for s in SHARES["taps"]} - {0}, reverse=True):
+                spread = by_tap(layer, np.linspace(0, size - 1, count).round().astype(int))
+                yield "taps", [{"form": "taps", "kept": count}], spread
+
+    def _weighed(
+        self, site: Site, options: Sequence[_Option], covariance: np.ndarray | None, model: Model, context: Context
+    ) -> list[tuple[tuple[_Option, dict], float]]:
+        """Of each option the best setting, and the share of the layer's power that it loses."""
+        groups, orders, found = Groups(site.layer, site.layer.matrix, covariance), {}, []
+        for option in options:
+            form = option.settings[0]["form"]
+            if form != "crop" and form not in orders:
+                least = min(int(o.settings[0]["kept"]) for o in options if o.settings[0]["form"] == form)
+                orders[form] = self._order(site, form, groups, least, model, context)
+            tried = []
+            for number, setting in enumerate(option.settings):
+                kept = columns(site.layer, setting) if form == "crop" else kept_of(*orders[form], int(setting["kept"]))
+                tried.append((groups.lost(kept), number))
+            error, number = min(tried)
+            found.append(((option, dict(option.settings[number])), error))
+        return found
+
+    def _order(
+        self, site: Site, form: str, groups: Groups, least: int, model: Model, context: Context
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        layer, size, worth_of = site.layer, site.layer.matrix.shape[1], None
+        parts = list(np.arange(size).reshape(layer.inputs if form == "channels" else size, -1))
+        if self.saliency == "obd":
+            h = curvature(model, context)[site.node.inputs[1].name].astype(np.float64)
+            squares = np.square(constant_weight(site.node), dtype=np.float64)
+            worth_of = 0.5 * (h * squares).reshape(layer.outputs, -1).sum(axis=0)
+        seed = context.seed, zlib.crc32(site.name.encode())
+        return groups.order(self.saliency, parts, least, worth_of, seed), parts
+
+    def _goal(self, context: Context) -> str:
+        return next((name for name in ("macs", "size") if getattr(self, name) is not None), context.goal)
+
+    def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
+        shapes = sizes(model, context)
+        settings = {p.site: p.setting for p in chosen}
+        nodes = [node for node in model.nodes("Conv") if node.name in settings]
+        if context.calibration is None:
+            for node in nodes:
+                self._replace(model, _site(model, node, shapes), settings[node.name], None, context)
+            return
+        outlines = [_site(model, node, shapes).outline() for node in nodes]
+        aim = context.original if _same(model, context.original, outlines) else model.clone()
+        feeds = samples(model, context.calibration, SAMPLES)
+        reads = Counter(site.input for site in outlines)
+        here = Walk(model, context.backend, feeds, threads=context.threads, keep=reads)
+        there = Walk(aim, context.backend, feeds, threads=context.threads, keep={site.end for site in outlines})
+        if self.saliency == "obd":
+            curvature(model, context)  # of the model before the first edit
+        advance = context.progress("fitting what is left of layers", len(nodes))
+        for node in nodes:
+            site = _site(model, node, shapes)
+            seen = observe(site, here, there, seed=context.seed)
+            here.forget(site.output)
+            there.release(site.end)
+            reads[site.input] -= 1
+            if not reads[site.input]:
+                here.release(site.input)
+            self._replace(model, site, settings[node.name], seen, context)
+            advance(1)
+
+    def _replace(
+        self, model: Model, site: Site, setting: Mapping[str, Any], seen: Seen | None, context: Context
+    ) -> None:
+        """Put a form in a layer's place: which groups it keeps is decided by what the layer meets now."""
+        layer, matrix, covariance = site.layer, site.layer.matrix, None
+        if seen is not None and seen.patches.shape[1] <= WIDEST:
+            covariance, ridge = metric(seen.patches, seen.mean)
+            matrix = regression(layer, seen, covariance, ridge)
+        if setting["form"] == "crop":
+            kept = columns(layer, setting)
+        else:
+            count = int(setting["kept"])
+            groups = Groups(layer, matrix, covariance)
+            kept = kept_of(*self._order(site, setting["form"], groups, count, model, context), count)
+        kept = by_tap(layer, kept) if setting["form"] == "taps" else kept
+        weights, bias = layer.matrix[:, kept], None
+        if seen is not None:
+            weights, bias = refit(layer, seen, kept, nonlinear=self.nonlinear)
+        emit(model, site, setting["form"], kept, weights, bias if site.biased else None)
+
+
+_NAMES = {"seconds": "predicted latency", "weight_bytes": "bytes", "energy": "energy", "macs": "multiply-accumulates"}
+
+
+@dataclass(frozen=True)
+class _Option:
+    """Settings of one form that cost the same, and what they and the layer cost in the small network."""
+
+    settings: list[dict]
+    whole: Cost
+    own: Cost
+
+
+def _site(model: Model, node: ir.Node, shapes: dict[str, tuple | None]) -> Site:
+    """A layer that was found to be one before, weights and all."""
+    site = find(model, node, shapes)
+    assert isinstance(site, Site), site
+    return site
+
+
+def _same(model: Model, original: Model, sites: Sequence[Site]) -> bool:
+    """Whether the original still has the tensors that layers meet and make."""
+    here, there = model.shapes(1), original.shapes(1)
+    names = {name for site in sites for name in (site.input, site.added, site.end) if name is not None}
+    return all(name in there and there[name] == here[name] for name in names)
