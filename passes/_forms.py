@@ -4,7 +4,8 @@
     channels    all taps of some channels:              Conv(k x k) . Gather
     taps        any groups:                             Conv(1 x 1) . Concat . (Slice . Gather for each tap) . Pad
 
-All are exact: what is left out is multiplied with nothing.
+All are exact: what is left out is multiplied with nothing. Channels that nothing reads any more go where they are made,
+and a Gather that then takes all there are goes too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import numpy as np
 import onnx_ir as ir
 
 from effc import edit
+from effc.channels import channels
 from effc.model import Model
+from effc.removal import remove_units
 
 from ._factors import Factor, Layer
 from ._sites import Site, put
@@ -63,6 +66,27 @@ def emit(model: Model, site: Site, form: str, kept: np.ndarray, matrix: np.ndarr
         _read(model, site, _thinned(model, site, kept))
         factor = Factor(matrix[:, :, None, None])
     put(model, site, (factor,), bias)
+
+
+def settle(model: Model, gathers: Sequence[ir.Node]) -> int:
+    """Remove the units that are not gathered and that nothing else reads, where they are made; returns how many."""
+    found = channels(model)
+    maps = [found.tensors.get(node.inputs[0].name) for node in gathers]
+    met = {unit for units in maps if units is not None for unit in np.unique(units).tolist()}
+    unread = [g.units for g in found.groups if g.pinned is None and not any(place.reads for place in g.places)]
+    gone = {unit for units in unread for unit in units} & met
+    if not gone:
+        return 0
+    remove_units(model, gone)
+    left = channels(model).tensors
+    for node in [n for n in gathers if _takes_all(model, n, left.get(n.inputs[0].name))]:
+        edit.bypass(model, node, node.inputs[0])
+    return len(gone)
+
+
+def _takes_all(model: Model, gather: ir.Node, units: np.ndarray | None) -> bool:
+    indices = model.constant(gather.inputs[1])
+    return units is not None and np.array_equal(indices, np.arange(units.shape[1]))
 
 
 def _crop(model: Model, site: Site, kept: np.ndarray, matrix: np.ndarray) -> Factor:

@@ -27,7 +27,7 @@ from effc.model import Model
 from effc.walk import Walk, samples
 
 from ._form_costs import FormCosts, place_of, scaled
-from ._forms import OPSET, by_tap, columns, emit, of_channels
+from ._forms import OPSET, by_tap, columns, emit, of_channels, settle
 from ._group_saliency import Groups, Saliency, kept_of, windows
 from ._observed import moments, observe, sizes
 from ._reconstruction import WIDEST, Seen, metric, refit, regression
@@ -179,8 +179,13 @@ class PruneGroups(Pass):
         return next((name for name in ("macs", "size") if getattr(self, name) is not None), context.goal)
 
     def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
+        there = {node.name for node in model.nodes("Gather")}
+        self._rewrite(model, {p.site: p.setting for p in chosen}, context)
+        if gone := settle(model, [node for node in model.nodes("Gather") if node.name not in there]):
+            context.say(f"{gone} channels that nothing reads any more went where they were made")
+
+    def _rewrite(self, model: Model, settings: Mapping[str, Mapping[str, Any]], context: Context) -> None:
         shapes = sizes(model, context)
-        settings = {p.site: p.setting for p in chosen}
         nodes = [node for node in model.nodes("Conv") if node.name in settings]
         if context.calibration is None:
             for node in nodes:
