@@ -45,7 +45,8 @@ def prune(
     feeds = samples(model, context.calibration, SAMPLES)
     reads = Counter(site.input for site in sites.values() if isinstance(site, Site))
     walk = Walk(model, context.backend, feeds, threads=context.threads, keep=reads)
-    errors, skipped = {}, {}
+    errors: dict[str, float] = {}
+    skipped: dict[str, str] = {}
     advance = context.progress("pruning layer by layer", len(layers))
     for p in layers:
         outline = sites[p.site]
@@ -70,7 +71,7 @@ def _site(model: Model, p: Prunable, shapes: dict[str, tuple | None]) -> Site | 
         return "several layers share its weight"
     found = find(model, p.nodes[0], shapes)
     if isinstance(found, Site):
-        wide = found.layer.matrix.shape[1]
+        wide = found.layer.inputs * found.layer.taps
         return found.outline() if wide <= WIDEST else f"it reads {wide} numbers at once, more than {WIDEST}"
     return found
 
