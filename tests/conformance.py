@@ -73,8 +73,8 @@ RECIPES: dict[str, str] = {
 BOUNDS: dict[str, float] = {
     "int8": 0.1,
     "low-rank": 0.6,
-    "prune-blocks": 2.0,
-    "prune-groups": 2.0,
+    "prune-blocks": 1.0,
+    "prune-groups": 1.0,
     "prune-weights": 0.5,
     "recover": 10.0,
 }
