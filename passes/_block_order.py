@@ -21,6 +21,7 @@ from effc.walk import Values, Walk, samples
 from ._blocks import Block
 
 SAMPLES = 128
+TIE = 1e-9
 BYTES = 256 * 2**20  # of shortcuts, kept for all samples
 
 
@@ -87,6 +88,23 @@ def order(model: Model, blocks: Sequence[Block], context: Context, saved: Callab
         if names:
             walk.hold({shortcut for _, shortcut in names.values()})
             _advance(walk, names)
+
+
+def levelled(damages: Sequence[float], savings: Sequence[float]) -> list[float]:
+    """Damages of the same sum whose price, for what is saved, never falls along the order.
+
+    A branch that hurts nothing once ten others are gone may do so only then: whoever chooses by damage and saving has
+    to take those before it first. Prices are the isotonic regression of those measured, by pooling neighbours.
+    """
+    pools: list[list[float]] = []  # damage, saving, members
+    for hurt, saved in zip(damages, savings, strict=True):
+        pools.append([hurt, saved, 1])
+        while len(pools) > 1 and pools[-2][0] * pools[-1][1] >= pools[-1][0] * pools[-2][1]:
+            last = pools.pop()
+            pools[-1] = [a + b for a, b in zip(pools[-1], last, strict=True)]
+    prices = [hurt / saved for hurt, saved, members in pools for _ in range(int(members))]
+    # Among equals the order decides, whatever rounding says.
+    return [price * saved * (1 + TIE * n) for n, (price, saved) in enumerate(zip(prices, savings, strict=True))]
 
 
 def _advance(walk: Walk, names: dict[str, tuple[str, str]]) -> list[Values]:

@@ -9,7 +9,7 @@ it made in the original, from what it sees now, the last of a block to its sum (
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 from pydantic import Field
@@ -21,7 +21,7 @@ from effc.cost import Cost
 from effc.model import Model
 
 from ._behind import refit_behind
-from ._block_order import order
+from ._block_order import levelled, order
 from ._blocks import Block, blocks, drop
 
 DAMAGE = 0.05  # without a budget
@@ -84,7 +84,9 @@ class PruneBlocks(Pass):
             taken.append(Proposal(step.block.name, nodes, setting, own, Cost(), share * step.rise))
             if self._enough(taken, total):
                 break
-        yield from taken
+        savings = [getattr(p.before, quantity) for p in taken]
+        damages = levelled([p.damage for p in taken], savings) if all(savings) else [p.damage for p in taken]
+        yield from (replace(p, damage=damage) for p, damage in zip(taken, damages, strict=True))
         said = f"{len(taken)} other branches hurt less" if len(taken) > 1 else "another branch hurts less"
         yield from (Skipped(block.name, f"{said}, and are enough") for block in found if block.name not in gone)
 

@@ -11,6 +11,7 @@ from effc import api
 from effc.capture import from_proto
 from effc.errors import BadInput
 from effc.history import UNCHANGED, History
+from effc.passes._block_order import levelled
 from effc.passes._blocks import Block, blocks
 from tests import networks
 from tests.networks import Net, distance, feeds, run
@@ -145,6 +146,27 @@ def test_damages_add_up_to_what_all_together_do():
     told = {e.node: e.damage for e in found.history.passes[-1].ledger if e.node.endswith("_add") and e.damage}
     inputs = feeds(proto, batch=SAMPLES, seed=7)
     assert sum(told.values()) == pytest.approx(hurt(proto, found.model.proto(), inputs), rel=1e-3)
+
+
+@pytest.mark.parametrize("damages", [[1, 2, 3], [3, 2, 1], [1, 5, 0, 0, 7, 6], [0, 0, 0], [2, 0, 4, 1]])
+def test_prices_never_fall_along_the_order_and_damages_keep_their_sum(damages):
+    savings = [1.0 + 0.5 * (number % 3) for number in range(len(damages))]
+    found = levelled(damages, savings)
+    prices = np.array(found) / savings
+    assert sum(found) == pytest.approx(sum(damages), rel=1e-7) and (np.diff(prices) >= 0).all()
+    falls = np.diff(np.array(damages) / savings) < 0
+    assert falls.any() or found == pytest.approx(damages, rel=1e-7)
+
+
+def test_less_damage_takes_the_first_of_the_order():
+    proto = stack(scales=(1.0, 0.02, 0.6, 0.1, 0.3, 0.5, 0.2, 0.8))
+    whole = optimize(proto, "prune-blocks{count=8, correct=false}").history.passes[-1]
+    told = {e.node: e.damage for e in whole.ledger if e.node in dict(whole.chosen)}
+    by_price = sorted(told, key=lambda name: told[name])
+    for amount in (0.01, 0.1, 0.3, 1.0):
+        taken = optimize(proto, f"prune-blocks{{damage={amount}, correct=false}}")
+        first = [f"node_{name}" for name in dropped(taken)]
+        assert set(first) == set(by_price[: len(first)])
 
 
 def test_layers_behind_make_up_for_what_went():
