@@ -45,7 +45,9 @@ class Block:
 
     @property
     def shortcut(self) -> ir.Value:
-        return self.adding.inputs[self.keep]
+        value = self.adding.inputs[self.keep]
+        assert value is not None
+        return value
 
     @property
     def output(self) -> ir.Value:
@@ -118,8 +120,8 @@ def drop(model: Model, adding: ir.Node, keep: int) -> ir.Value:
 
     An activation behind the sum goes as well where it changes nothing.
     """
-    source, out = adding.inputs[keep], adding.outputs[0]
-    readers = list(out.consumers())
+    source, readers = adding.inputs[keep], list(adding.outputs[0].consumers())
+    assert source is not None
     edit.bypass(model, adding, source)
     if len(readers) == 1 and _idle(readers[0], source) and edit.may_bypass(model, readers[0], source):
         edit.bypass(model, readers[0], source)
@@ -154,7 +156,8 @@ def _bounds(value: ir.Value) -> tuple[float, float]:
             return ends
         if node.op_type in ("Sigmoid", "Softmax", "HardSigmoid"):
             return 0.0, 1.0
-        if node.op_type not in KEEPING:
+        before = node.inputs[0] if node.inputs else None
+        if node.op_type not in KEEPING or before is None:
             break
-        value = node.inputs[0]
+        value = before
     return -np.inf, np.inf

@@ -157,7 +157,11 @@ class PruneGroups(Pass):
                 orders[form] = self._order(site, form, groups, least, model, context)
             tried = []
             for number, setting in enumerate(option.settings):
-                kept = columns(site.layer, setting) if form == "crop" else kept_of(*orders[form], int(setting["kept"]))
+                if form == "crop":
+                    kept = columns(site.layer, setting)
+                else:
+                    gone_first, parts = orders[form]
+                    kept = kept_of(gone_first, parts, int(setting["kept"]))
                 tried.append((groups.lost(kept), number))
             error, number = min(tried)
             found.append(((option, dict(option.settings[number])), error))
@@ -170,7 +174,7 @@ class PruneGroups(Pass):
         parts = list(np.arange(size).reshape(layer.inputs if form == "channels" else size, -1))
         if self.saliency == "obd":
             h = curvature(model, context)[site.node.inputs[1].name].astype(np.float64)
-            squares = np.square(constant_weight(site.node), dtype=np.float64)
+            squares = np.square(np.asarray(constant_weight(site.node), np.float64))
             worth_of = 0.5 * (h * squares).reshape(layer.outputs, -1).sum(axis=0)
         seed = context.seed, zlib.crc32(site.name.encode())
         return groups.order(self.saliency, parts, least, worth_of, seed), parts
@@ -224,7 +228,8 @@ class PruneGroups(Pass):
         else:
             count = int(setting["kept"])
             groups = Groups(layer, matrix, covariance)
-            kept = kept_of(*self._order(site, setting["form"], groups, count, model, context), count)
+            gone_first, parts = self._order(site, setting["form"], groups, count, model, context)
+            kept = kept_of(gone_first, parts, count)
         kept = by_tap(layer, kept) if setting["form"] == "taps" else kept
         weights, bias = layer.matrix[:, kept], None
         if seen is not None:

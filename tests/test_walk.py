@@ -158,6 +158,38 @@ def test_a_changed_layer_is_the_model_with_that_weight_and_shift(network: str, n
     same(on_way.outputs(), unchanged)
 
 
+@pytest.mark.parametrize("jump", [False, True])
+@pytest.mark.parametrize(
+    ("network", "name", "by"),
+    [("residual", "b1_add", "relu2"), ("control", "mean", "other"), ("plain", "bn1", "conv1")],
+)
+def test_a_replaced_tensor_is_the_model_that_reads_the_other(network: str, name: str, by: str, jump: bool) -> None:
+    proto = NETWORKS[network]()
+    if network == "control":
+        # With sub-graphs the model is run from its inputs each time.
+        proto.graph.node.insert(0, onnx.helper.make_node("ReduceMean", ["input"], [by], name="node_other", keepdims=0))
+    _, on_way, batches = start(proto, keep={by})
+    on_way.to(by)
+    if jump:
+        before = on_way.outputs()
+    other = on_way.replaced(name, by).outputs()
+    changed = onnx.ModelProto()
+    changed.CopyFrom(proto)
+    for node in changed.graph.node:
+        for index, read in enumerate(node.input):
+            node.input[index] = by if read == name else read
+    same(other, [run(changed, batch) for batch in batches])
+    if jump:
+        same(on_way.outputs(), before)
+
+
+def test_what_is_held_on_the_way_stays() -> None:
+    _, on_way, _ = start(NETWORKS["plain"]())
+    on_way.hold({"relu2"})
+    on_way.outputs()
+    assert "relu2" in on_way._batches[0]
+
+
 def test_outputs_in_the_middle_of_the_graph_stay() -> None:
     proto = networks.two_outputs()
     _, on_way, batches = start(proto)
