@@ -133,7 +133,7 @@ class Bench:
                     measure=False, force=True, threads=self.threads,
                 ).model  # fmt: skip
                 before = self._points(split)
-                hard, seconds = self._trained(split, original, labels=0.1)
+                hard, seconds = self._trained(split, original, labels=1.0)
                 soft, _ = self._trained(split, original, labels=0.0)
                 print(f"| {network} | {share} | {before:.2f} | {hard:.2f} | {soft:.2f} | {seconds:.0f} | {fair:.2f} |")
                 sys.stdout.flush()

@@ -126,6 +126,10 @@ class Walk:
         """Keep these tensors as well, once they were computed."""
         self._keep |= set(names)
 
+    def feeds(self, batches: int | None = None) -> list[Mapping[str, np.ndarray]]:
+        """Inputs of the first batches."""
+        return self._feeds[:batches]
+
     def release(self, name: str) -> None:
         """A tensor that was kept need not be any more."""
         self._keep.discard(name)

@@ -74,6 +74,18 @@ def eliminate(
     return np.array(order, np.int64), np.minimum(np.stack(errors), 1.0)
 
 
+def compensated(reader: Reader, gone: np.ndarray) -> np.ndarray:
+    """[N, D] the weights of a reader without some units, with what stays making up for them."""
+    lost = np.concatenate([reader.columns[u] for u in gone])
+    found = reader.matrix.copy()
+    found[:, lost] = 0.0
+    if reader.metric.ndim == 2 and len(lost) < found.shape[1]:
+        kept = np.setdiff1d(np.arange(found.shape[1]), lost)
+        inner, across = reader.metric[np.ix_(kept, kept)], reader.metric[np.ix_(lost, kept)]
+        found[:, kept] += cho_solve(cho_factor(inner), (reader.matrix[:, lost] @ across).T).T
+    return found
+
+
 class _State:
     """One reader on the way: columns that are left, their weights, and the inverse of their metric."""
 

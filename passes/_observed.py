@@ -20,18 +20,19 @@ MOST_NUMBERS = 40_000_000  # in all patches of one layer
 KEPT = 256 * 2**20  # bytes of moments that are remembered
 
 
-def observe(site: Site, here: Walk, there: Walk, *, seed: int = 0) -> Seen:
+def observe(site: Site, here: Walk, there: Walk, *, seed: int = 0, most: int = SAMPLES) -> Seen:
     """What a layer meets on the way through one model, and what should come out according to another.
 
     Args:
         here: what comes in, and what a sum adds.
         there: what should stand before the activation.
+        most: output positions to look at, where that is enough for so wide patches.
     """
     found = here.to(*filter(None, (site.input, site.added)))
     wanted = there.to(site.end)
     rng, parts = np.random.default_rng(seed), []
     counts = [batch[site.end].size // site.layer.outputs for batch in wanted]
-    for now, then, chosen in zip(found, wanted, _drawn(site, counts, rng), strict=True):
+    for now, then, chosen in zip(found, wanted, _drawn(site, counts, rng, most), strict=True):
         beside = None if site.added is None else _rows(site, now[site.added])[chosen]
         parts.append((_patches(site, now[site.input], chosen), _rows(site, then[site.end])[chosen], beside))
     patches, outputs, others = (_joined(each) for each in zip(*parts, strict=True))
@@ -52,6 +53,14 @@ def sizes(model: Model, context: Context) -> dict[str, tuple | None]:
 
 def _fixed(shape: tuple | None) -> bool:
     return shape is not None and all(isinstance(d, int) for d in shape)
+
+
+def aims(model: Model, context: Context, sites: Sequence[Site]) -> Model:
+    """The model that says what layers should make: the original, where it still has the same tensors."""
+    here, there = model.shapes(1), context.original.shapes(1)
+    names = {name for site in sites for name in (site.input, site.added, site.end) if name is not None}
+    same = all(name in there and there[name] == here[name] for name in names)
+    return context.original if same else model.clone()
 
 
 def moments(site: Site, walk: Walk, context: Context) -> tuple[np.ndarray, np.ndarray | None]:
@@ -84,10 +93,12 @@ def _inputs(site: Site, walk: Walk, seed: int) -> np.ndarray:
     return _joined([_patches(site, x, chosen) for x, chosen in zip(found, _drawn(site, counts, rng), strict=True)])
 
 
-def _drawn(site: Site, counts: Sequence[int], rng: np.random.Generator) -> list[np.ndarray]:
+def _drawn(
+    site: Site, counts: Sequence[int], rng: np.random.Generator, samples: int = SAMPLES
+) -> list[np.ndarray]:
     """Output positions to look at, batch by batch, counted over all images of the batch."""
     size = site.layer.matrix.shape[1]
-    most = min(max(SAMPLES, EACH * size), MOST_NUMBERS // size)
+    most = min(max(samples, EACH * size), MOST_NUMBERS // size)
     share = min(1.0, most / max(sum(counts), 1))
     return [np.sort(rng.permutation(count)[: max(1, round(share * count))]) for count in counts]
 

@@ -30,7 +30,7 @@ from ._cp import CP
 from ._decoupled import Decoupled
 from ._factors import Method
 from ._filters import Filters, Filters3d
-from ._observed import moments, observe, sizes
+from ._observed import aims, moments, observe, sizes
 from ._reconstruction import reconstruct
 from ._separable import Separable, SeparableBasis
 from ._sites import Site, find, layers, put
@@ -192,11 +192,11 @@ class LowRank(Pass):
                 put(model, site, method(site.layer, None, context.seed).fit(setting), None)
             return
         outlines = [_site(model, node, shapes).outline() for node in nodes]
-        aims = _aims(model, context, outlines)
+        aim = aims(model, context, outlines)
         feeds = samples(model, context.calibration, SAMPLES)
         reads = Counter(site.input for site in outlines)
         here = Walk(model, context.backend, feeds, threads=context.threads, keep=reads)
-        there = Walk(aims, context.backend, feeds, threads=context.threads, keep={site.end for site in outlines})
+        there = Walk(aim, context.backend, feeds, threads=context.threads, keep={site.end for site in outlines})
         advance = context.progress("fitting low-rank chains", len(nodes))
         for node in nodes:
             site = _site(model, node, shapes)
@@ -283,11 +283,3 @@ def _place(site: Site, model: Model, shapes: Mapping[str, tuple | None], context
 def _moved(model: Model, context: Context, kept: float = 1.0) -> float:
     """Bytes that go through the caches in an inference, with so much of the weights."""
     return sum(cost.activation_bytes + kept * cost.weight_bytes for cost in context.costs(model).nodes.values())
-
-
-def _aims(model: Model, context: Context, sites: Sequence[Site]) -> Model:
-    """The model that says what layers should make: the original, where it still has the same tensors."""
-    here, there = model.shapes(1), context.original.shapes(1)
-    names = {name for site in sites for name in (site.input, site.added, site.end) if name is not None}
-    same = all(name in there and there[name] == here[name] for name in names)
-    return context.original if same else model.clone()

@@ -43,6 +43,10 @@ OPTIONS: dict[str, list[str]] = {
         "prune-weights{pattern=2:4}",
         "prune-weights{deviations=0.5}",
     ],
+    "prune-channels": [
+        "prune-channels{saliency=l2, correct=false, nonlinear=false, multiple=2, most=0.5, macs=0.7}",
+        "prune-channels{scope=layer, labels=true, size=0.5, speedup=1.5, damage=0.1, max_drop=0.25}",
+    ],
     "prune-blocks": [
         "prune-blocks{count=2, correct=false}",
         "prune-blocks{macs=0.5, size=0.5, speedup=1.5, damage=0.1, max_drop=0.25}",
@@ -63,6 +67,7 @@ OPTIONS: dict[str, list[str]] = {
 RECIPES: dict[str, str] = {
     "low-rank": "low-rank{damage=0.02}",
     "prune-weights": "prune-weights{sparsity=0.3, compensate=true}",
+    "prune-channels": "prune-channels{macs=0.7}",
     "prune-blocks": "prune-blocks{count=1}",
     "prune-groups": "prune-groups{macs=0.7}",
     "recover": "recover{epochs=1, batch=4, learning_rate=0.001, validation=0.25, reestimate=2}",
@@ -73,6 +78,7 @@ RECIPES: dict[str, str] = {
 BOUNDS: dict[str, float] = {
     "int8": 0.1,
     "low-rank": 0.6,
+    "prune-channels": 1.0,
     "prune-blocks": 1.0,
     "prune-groups": 1.0,
     "prune-weights": 0.5,

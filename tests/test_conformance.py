@@ -139,6 +139,7 @@ REFUSALS = [
     ("low-rank", "half", "node_conv1", "its weight is float16; float32 is factorised"),
     ("low-rank", "two_outputs", "node_conv_left", "its weight is shared with 'node_conv_right'"),
     ("prune-weights", "transformer", "node_matmul45", "its right operand is no constant"),
+    ("prune-channels", "transformer", "node_q", "simplify makes them numbers"),
     ("prune-blocks", "residual", "node_b2_add", "both of its operands come from layers of their own"),
     ("prune-groups", "depthwise", "node_dw", "it is depthwise"),
     ("recover", "control", "node_conv1", "trainable forms of local.Swish (node_swish) are unknown"),

@@ -215,7 +215,7 @@ def test_behind_an_activation_the_fit_through_it_is_closer(
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, np.inf), (0.0, 6.0), (-np.inf, 1.0), (-1.0, 1.0), (-np.inf, np.inf)])
 @pytest.mark.parametrize("weight", [0.01, 1.0, 50.0])
-def test_the_auxiliary_is_the_minimum_over_a_grid(low: float, high: float, weight: float) -> None:
+def test_theauxiliary_is_the_minimum_over_a_grid(low: float, high: float, weight: float) -> None:
     rng = np.random.default_rng(7)
     made = rng.normal(scale=4, size=(20, 15)).astype(np.float32)
     wanted = np.clip(rng.normal(scale=4, size=made.shape), low, high).astype(np.float32)

@@ -1,0 +1,121 @@
+"""Layers behind pruned channels, fitted anew one after another: to the original's outputs, from pruned inputs.
+
+Which units of a group go is looked at once more where a single layer reads them, by what it gets behind layers that
+were pruned before it; what is lost of an output counts as often as the activation behind it lets it through.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from effc import edit
+from effc.channels import channels
+from effc.contract import Context
+from effc.model import Model
+from effc.walk import Walk, samples
+
+from ._elimination import Reader, eliminate
+from ._observed import aims, observe
+from ._reconstruction import WIDEST, Seen, metric, refit, regression
+from ._refit import renew
+from ._sites import Site, find
+from ._unit_order import columns_of, reading_place
+from ._widths import LAYERS, Coupled
+
+SAMPLES, POSITIONS = 1024, 24_576  # to fit to, and positions of a layer among them
+
+
+@dataclass
+class Correction:
+    """What is to go of a model, and what it is fitted to.
+
+    Attributes:
+        gone: name of a group -> numbers of its units.
+        again: choose single readers' units by what these get.
+    """
+
+    model: Model
+    groups: Sequence[Coupled]
+    gone: dict[str, np.ndarray]
+    shapes: Mapping[str, tuple | None]
+    context: Context
+    nonlinear: bool = True
+    again: bool = True
+
+    def mute(self) -> None:
+        """Let nothing read what is to go: the weights there become zero."""
+        for node in self._reading():
+            _mute(self.model, node, np.concatenate(list(self.gone.values())))
+
+    def fit(self) -> None:
+        """Let nothing read what is to go, and all layers behind make up for it; `gone` tells what went."""
+        context, reading = self.context, self._reading()
+        if not reading:
+            return
+        order = list(self.model.nodes(*LAYERS))
+        behind = order[order.index(reading[0]) :]
+        sites = {node: find(self.model, node, dict(self.shapes)) for node in behind}
+        for node in reading:
+            if isinstance(sites[node], str):
+                _mute(self.model, node, np.concatenate(list(self.gone.values())))
+        outlines = [site.outline() for site in sites.values() if isinstance(site, Site)]
+        feeds = samples(self.model, context.calibration, SAMPLES)
+        reads = Counter(site.input for site in outlines)
+        aim = aims(self.model, context, outlines)
+        here = Walk(self.model, context.backend, feeds, threads=context.threads, keep=reads)
+        there = Walk(aim, context.backend, feeds, threads=context.threads, keep={site.end for site in outlines})
+        advance = context.progress("fitting layers behind pruned channels", len(outlines))
+        for outline in outlines:
+            site = find(self.model, outline.node, dict(self.shapes))
+            seen = observe(site, here, there, seed=context.seed, most=POSITIONS)
+            kept = self._kept(site, seen)
+            matrix, bias = refit(site.layer, seen, np.flatnonzero(kept), nonlinear=self.nonlinear)
+            whole = np.zeros(site.layer.matrix.shape)
+            whole[:, kept] = matrix
+            renew(self.model, site, whole, bias)
+            here.forget(site.output)
+            there.release(site.end)
+            reads[site.input] -= 1
+            if not reads[site.input]:
+                here.release(site.input)
+            advance(1)
+
+    def _reading(self) -> list[ir.Node]:
+        """The layers that read what is to go, in order."""
+        names = {name for group in self.groups if len(self.gone.get(group.name, ())) for name in group.readers}
+        return [node for node in self.model.nodes(*LAYERS) if node.name in names]
+
+    def _kept(self, site: Site, seen: Seen) -> np.ndarray:
+        """Which numbers of its patches [D] a layer still reads."""
+        kept = np.ones(seen.patches.shape[1], bool)
+        for group in self.groups:
+            if site.name in group.readers and len(self.gone.get(group.name, ())):
+                columns = columns_of(self.model, site.node, group, len(kept))
+                if self.again and group.readers == (site.name,) and len(kept) <= WIDEST:
+                    self.gone[group.name] = _worst(site, seen, group, columns, len(self.gone[group.name]))
+                gone = np.isin(group.group.units, self.gone[group.name])
+                kept[np.concatenate([columns[index] for index in np.flatnonzero(gone)])] = False
+        return kept
+
+
+def _worst(site: Site, seen: Seen, group: Coupled, columns: Sequence[np.ndarray], count: int) -> np.ndarray:
+    """So many units of a group that a layer misses least."""
+    spread, ridge = metric(seen.patches, seen.mean)
+    matrix = regression(site.layer, seen, spread, ridge)
+    through = ((seen.wanted > seen.low) & (seen.wanted < seen.high)).mean(axis=0)
+    reader = Reader(matrix * np.sqrt(through)[:, None], spread, columns)
+    order, _ = eliminate([reader], group.count, group.count - count)
+    return np.asarray(group.group.units)[order]
+
+
+def _mute(model: Model, node: ir.Node, units: np.ndarray) -> None:
+    place = reading_place(model, node)
+    gone = np.isin(channels(model).weights[place], units)
+    array = node.inputs[1].const_value.numpy().copy()
+    np.moveaxis(array, place.axis, 0)[gone] = 0
+    edit.set_initializer(model, node.inputs[1], array)
