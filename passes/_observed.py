@@ -20,13 +20,13 @@ MOST_NUMBERS = 40_000_000  # in all patches of one layer
 KEPT = 256 * 2**20  # bytes of moments that are remembered
 
 
-def observe(site: Site, here: Walk, there: Walk, *, seed: int = 0, most: int = SAMPLES) -> Seen:
+def observe(site: Site, here: Walk, there: Walk, *, seed: int = 0, most: int | None = None) -> Seen:
     """What a layer meets on the way through one model, and what should come out according to another.
 
     Args:
         here: what comes in, and what a sum adds.
         there: what should stand before the activation.
-        most: output positions to look at, where that is enough for so wide patches.
+        most: output positions to look at, where that is enough for so wide patches; None: `SAMPLES`.
     """
     found = here.to(*filter(None, (site.input, site.added)))
     wanted = there.to(site.end)
@@ -93,12 +93,10 @@ def _inputs(site: Site, walk: Walk, seed: int) -> np.ndarray:
     return _joined([_patches(site, x, chosen) for x, chosen in zip(found, _drawn(site, counts, rng), strict=True)])
 
 
-def _drawn(
-    site: Site, counts: Sequence[int], rng: np.random.Generator, samples: int = SAMPLES
-) -> list[np.ndarray]:
+def _drawn(site: Site, counts: Sequence[int], rng: np.random.Generator, samples: int | None = None) -> list[np.ndarray]:
     """Output positions to look at, batch by batch, counted over all images of the batch."""
     size = site.layer.matrix.shape[1]
-    most = min(max(samples, EACH * size), MOST_NUMBERS // size)
+    most = min(max(samples or SAMPLES, EACH * size), MOST_NUMBERS // size)
     share = min(1.0, most / max(sum(counts), 1))
     return [np.sort(rng.permutation(count)[: max(1, round(share * count))]) for count in counts]
 
