@@ -1,0 +1,231 @@
+"""Pruned channels: what can go and that its removal is exact, what is left without training, and what training adds.
+
+    python benchmarks/pruning.py [exact|saliencies|latency|integers|recovery ...] [--networks resnet56] [--epochs 3]
+
+Needs networks and data in $EFFC_DATA. `exact`: units that can be removed of every network, and outputs with some of
+them removed against outputs with nothing reading them. `saliencies`: half of the multiply-accumulates, unit by each
+saliency, with and without fitting what stays. `latency`: what is left of latency and accuracy by predicted speed-ups.
+`integers`: pruned for the kernels of int8. `recovery`: pruned, then trained on the 25,000 training images with their
+labels, beside the original trained alike (needs the package torch).
+
+Exit status 1 when a mark is missed; the marks are listed under the tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _zoo import SHARED, catalogue
+
+import effc
+from effc import edit
+from effc.channels import Channels, channels
+from effc.cost import cost
+from effc.data import open_data
+from effc.evaluate import Score, evaluate
+from effc.measure import compare_many, random_feeds
+from effc.model import Model
+from effc.registry import backend
+from effc.removal import remove_units
+
+EXACT, REACHED, POINTS = 1e-5, 0.9, 78.0  # marks: max|a - b| / max|a|, share of channels, top-1 at half the MACs
+NETWORKS = ("resnet56", "vgg-small")
+SALIENCIES = ("reconstruction", "fisher", "taylor", "obd", "l2", "l1", "geometric-median", "random")
+SPEEDUPS = (1.25, 1.5, 2.0)
+CLASSES = 1000  # outputs of the light networks, which cannot go
+
+
+class Bench:
+    def __init__(self, networks: list[str], epochs: int, threads: int) -> None:
+        self.networks, self.epochs, self.threads = networks, epochs, threads
+        self.missed: list[str] = []
+
+    def mark(self, what: str, found: float, least: float) -> None:
+        if not found >= least:
+            self.missed.append(f"{what}: {found:.4g}, {least:g} wanted")
+
+    def exact(self) -> None:
+        """Units of every network, and a third of them removed."""
+        print("\n| network | channels | can go | removed | MACs left | outputs apart | seconds |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for entry in catalogue()[0]:
+            if entry.name not in SHARED and entry.family != "light" and entry.name != "bert-384x6":
+                continue
+            model = simplified(entry.build())
+            started = time.perf_counter()
+            found = channels(model)
+            seconds = time.perf_counter() - started
+            made = {u for place, units in found.weights.items() if not place.reads for u in units[units >= 0].tolist()}
+            inner = made - outputs(found)
+            free = {unit for unit in inner if unit not in found.pinned}
+            gone = some(found)
+            smaller = model.clone()
+            remove_units(smaller, gone)
+            feeds = random_feeds(model, model.batch or 2, dict(entry.dims))
+            apart = distance(ran(unread(model, found, gone), feeds), ran(smaller, feeds))
+            macs = cost(smaller, 1, entry.dims).total.macs / cost(model, 1, entry.dims).total.macs
+            share = len(free) / max(len(inner), 1)
+            print(
+                f"| {entry.name} | {len(inner)} | {share:.1%} | {len(gone)} | {macs:.2f} | {apart:.1e} "
+                f"| {seconds:.2f} |", flush=True,
+            )  # fmt: skip
+            self.mark(f"{entry.name}: outputs apart", -apart, -EXACT)
+            if entry.name not in ("bert-384x6", "bvlc_alexnet", "inception_v1", "zfnet512"):  # norms over channels
+                self.mark(f"{entry.name}: channels that can go", share, REACHED)
+
+    def saliencies(self) -> None:
+        for network in self.networks:
+            print(f"\n{network}, half of the multiply-accumulates, no training; 1,024 images to fit to\n")
+            print("| saliency | top-1, fitted | damage | seconds | top-1, not fitted | damage | seconds |")
+            print("| --- | --- | --- | --- | --- | --- | --- |")
+            for saliency in SALIENCIES:
+                cells = []
+                for correct in ("true", "false"):
+                    recipe = f"prune-channels{{macs=0.5, saliency={saliency}, correct={correct}}}"
+                    pruned, seconds = self._forced(network, recipe)
+                    score = self._score(network, {"pruned": pruned})["pruned"]
+                    cells += [f"{score.points:.2f}", f"{score.damage:.3f}", f"{seconds:.0f}"]
+                    if saliency == "reconstruction" and correct == "true" and network == "resnet56":
+                        self.mark("resnet56 at half of its MACs, no training: top-1", score.points, POINTS)
+                print(f"| {saliency} | {' | '.join(cells)} |", flush=True)
+
+    def latency(self) -> None:
+        self._by_speed("prune-channels{{speedup={}}}", SPEEDUPS, "latency")
+
+    def integers(self) -> None:
+        self._by_speed("prune-channels{{speedup={}}}, int8", (1, *SPEEDUPS[:2]), "int8")
+
+    def _by_speed(self, recipe: str, speedups: tuple[float, ...], what: str) -> None:
+        for network in self.networks:
+            original = effc.load(onnx_file(network))
+            models = {str(s): self._forced(network, recipe.format(s))[0] for s in speedups}
+            models = {name: simplified(model) if what == "latency" else model for name, model in models.items()}
+            scores = self._score(network, models)
+            print(f"\n{network}, {recipe.format('S')}, no training\n")
+            print("| predicted | MACs | top-1 | latency, batch 1 | batch 32 |\n| --- | --- | --- | --- | --- |")
+            ratios = [measured(original, models, batch) for batch in (1, 32)]
+            whole = cost(original).total.macs
+            for name, model in models.items():
+                share = cost(model).total.macs / whole
+                times = " | ".join(f"{ratio[name]:.2f}" for ratio in ratios)
+                print(f"| {name} | {share:.2f} | {scores[name].points:.2f} | {times} |", flush=True)
+
+    def recovery(self) -> None:
+        """The pruned network trained with labels, and the original trained alike."""
+        print("\n| network | MACs | before | trained | seconds | original, trained alike |")
+        print("| --- | --- | --- | --- | --- | --- |")
+        for network in self.networks:
+            fair = self._trained(network, effc.load(onnx_file(network)))[0]
+            for share in (0.5, 0.33):
+                pruned, _ = self._forced(network, f"prune-channels{{macs={share}}}")
+                before = self._score(network, {"pruned": pruned})["pruned"].points
+                after, seconds = self._trained(network, pruned)
+                print(f"| {network} | {share} | {before:.2f} | {after:.2f} | {seconds:.0f} | {fair:.2f} |", flush=True)
+                self.mark(f"{network} at {share}: points against the original trained alike", after - fair, 0)
+
+    def _trained(self, network: str, model: Model) -> tuple[float, float]:
+        from effc.recover import Recover, train
+
+        started = time.perf_counter()
+        how = Recover(epochs=self.epochs, labels=1.0, augment="flip-shift")
+        original = effc.load(onnx_file(network))
+        found = train(model, how, data=data_file("cifar10-train"), teachers=[original], threads=self.threads)
+        return self._score(network, {"m": found.model})["m"].points, time.perf_counter() - started
+
+    def _forced(self, network: str, recipe: str) -> tuple[Model, float]:
+        started = time.perf_counter()
+        result = effc.optimize(
+            effc.load(onnx_file(network)), recipe, calibrate=f"{data_file('cifar10-train')}{{limit=1024}}",
+            measure=False, force=True, threads=self.threads,
+        )  # fmt: skip
+        return result.model, time.perf_counter() - started
+
+    def _score(self, network: str, models: Mapping[str, Model]) -> dict[str, Score]:
+        original = effc.load(onnx_file(network))
+        runtime = backend("onnxruntime")
+        sessions = {name: runtime.session(m, threads=self.threads) for name, m in {"o": original, **models}.items()}
+        return evaluate(sessions, open_data(data_file("cifar10-test")).for_model(original), reference="o")
+
+
+def simplified(model: Any) -> Model:
+    return effc.optimize(model, "simplify", measure=False, force=True).model
+
+
+def outputs(found: Channels) -> set[int]:
+    """Units of the graph's outputs and those under a Softmax that ends it."""
+    ends = ("is an output of the model", "depends on how many there are")
+    held = [u for u, why in found.pinned.items() if why.endswith(ends[0])]
+    last = [u for u, why in found.pinned.items() if why.startswith("Softmax") and why.endswith(ends[1])]
+    return set(held) | (set(last) if len(last) >= CLASSES else set())
+
+
+def some(found: Channels) -> set[int]:
+    """About a third of each group."""
+    rng, gone = np.random.default_rng(0), set()
+    for group in found.groups:
+        if group.pinned is None and len(group.units) > 1:
+            gone |= set(rng.choice(group.units, max(1, len(group.units) // 3), replace=False).tolist())
+    return gone
+
+
+def unread(model: Model, found: Channels, units: set[int]) -> Model:
+    """The model with zeros wherever weights read these units."""
+    clone = model.clone()
+    for place, held in found.weights.items():
+        if place.reads:
+            value = clone.graph.initializers[place.weight]
+            array = value.const_value.numpy().copy()
+            np.moveaxis(array, place.axis, 0)[np.isin(held, list(units))] = 0
+            edit.set_initializer(clone, value, array)
+    return clone
+
+
+def ran(model: Model, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return backend("onnxruntime").session(model).run(feeds)
+
+
+def distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> float:
+    return max(float(np.abs(a[n] - b[n]).max() / max(np.abs(a[n]).max(), 1e-30)) for n in a)
+
+
+def measured(original: Model, models: Mapping[str, Model], batch: int) -> dict[str, float]:
+    """Latency over the original's, all measured in turns, one thread."""
+    beside = {"original": original, **models}
+    feeds = random_feeds(original, batch, {})
+    found = compare_many(beside, feeds, backend=backend("onnxruntime"), reference="original")
+    return {name: found[name].ratio for name in models}
+
+
+def onnx_file(network: str) -> Path:
+    return Path(os.environ["EFFC_DATA"], "models", f"{network}-cifar10.onnx")
+
+
+def data_file(name: str) -> str:
+    return str(Path(os.environ["EFFC_DATA"], "data", f"{name}.yaml"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = ["exact", "saliencies", "latency", "integers", "recovery"]
+    parser.add_argument("parts", nargs="*", choices=["all", *parts], default="all", help="any of them")
+    parser.add_argument("--networks", nargs="+", choices=("resnet20", *NETWORKS), default=NETWORKS)
+    parser.add_argument("--epochs", type=int, default=3, help="of recovery")
+    parser.add_argument("--threads", type=int, default=2)
+    options = parser.parse_args()
+    bench = Bench(options.networks, options.epochs, options.threads)
+    for part in parts if "all" in options.parts else options.parts:
+        getattr(bench, part)()
+    print(f"\n{len(bench.missed)} marks missed")
+    print("".join(f"- {line}\n" for line in bench.missed), end="")
+    return int(bool(bench.missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
