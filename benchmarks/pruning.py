@@ -118,37 +118,41 @@ class Bench:
                 print(f"| {name} | {share:.2f} | {scores[name].points:.2f} | {times} |", flush=True)
 
     def recovery(self) -> None:
-        """The pruned network trained with labels, and the original trained alike."""
+        """The pruned network trained with labels, and the original trained alike; batch norms are live."""
+        from recover import DEPTHS, captured, hand_written
+
         print("\n| network | MACs | before | trained | seconds | original, trained alike |")
         print("| --- | --- | --- | --- | --- | --- |")
         for network in self.networks:
-            fair = self._trained(network, effc.load(onnx_file(network)))[0]
+            original = captured(hand_written(network)) if network in DEPTHS else effc.load(onnx_file(network))
+            fair = self._trained(network, original, original)[0]
             for share in (0.5, 0.33):
-                pruned, _ = self._forced(network, f"prune-channels{{macs={share}}}")
-                before = self._score(network, {"pruned": pruned})["pruned"].points
-                after, seconds = self._trained(network, pruned)
+                pruned, _ = self._forced(network, f"prune-channels{{macs={share}}}", original)
+                before = self._score(network, {"pruned": pruned}, original)["pruned"].points
+                after, seconds = self._trained(network, pruned, original)
                 print(f"| {network} | {share} | {before:.2f} | {after:.2f} | {seconds:.0f} | {fair:.2f} |", flush=True)
                 self.mark(f"{network} at {share}: points against the original trained alike", after - fair, 0)
 
-    def _trained(self, network: str, model: Model) -> tuple[float, float]:
+    def _trained(self, network: str, model: Model, original: Model) -> tuple[float, float]:
         from effc.recover import Recover, train
 
         started = time.perf_counter()
         how = Recover(epochs=self.epochs, labels=1.0, augment="flip-shift")
-        original = effc.load(onnx_file(network))
         found = train(model, how, data=data_file("cifar10-train"), teachers=[original], threads=self.threads)
-        return self._score(network, {"m": found.model})["m"].points, time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        return self._score(network, {"m": found.model}, original)["m"].points, seconds
 
-    def _forced(self, network: str, recipe: str) -> tuple[Model, float]:
+    def _forced(self, network: str, recipe: str, original: Model | None = None) -> tuple[Model, float]:
         started = time.perf_counter()
+        model = effc.load(onnx_file(network)) if original is None else original
         result = effc.optimize(
-            effc.load(onnx_file(network)), recipe, calibrate=f"{data_file('cifar10-train')}{{limit=1024}}",
+            model, recipe, calibrate=f"{data_file('cifar10-train')}{{limit=1024}}",
             measure=False, force=True, threads=self.threads,
         )  # fmt: skip
         return result.model, time.perf_counter() - started
 
-    def _score(self, network: str, models: Mapping[str, Model]) -> dict[str, Score]:
-        original = effc.load(onnx_file(network))
+    def _score(self, network: str, models: Mapping[str, Model], original: Model | None = None) -> dict[str, Score]:
+        original = effc.load(onnx_file(network)) if original is None else original
         runtime = backend("onnxruntime")
         sessions = {name: runtime.session(m, threads=self.threads) for name, m in {"o": original, **models}.items()}
         return evaluate(sessions, open_data(data_file("cifar10-test")).for_model(original), reference="o")

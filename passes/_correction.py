@@ -27,7 +27,7 @@ from ._sites import Site, find
 from ._unit_order import columns_of, reading_place
 from ._widths import LAYERS, Coupled
 
-SAMPLES, POSITIONS = 1024, 24_576  # to fit to, and positions of a layer among them
+SAMPLES, POSITIONS = 1024, 16_384  # to fit to, and positions of a layer among them
 
 
 @dataclass
