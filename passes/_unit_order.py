@@ -23,6 +23,7 @@ from ._widths import LAYERS, Coupled
 
 SAMPLES, BATCHES = 512, 2  # to look at; batches of them to measure damage on
 POWER = 0.6
+CHECKED, FAR_OFF = (0.5, 0.75), 2.0  # shares of units gone at which damage is measured; times that is too far above
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,27 @@ def _curve(
     order, errors = eliminate(readers, group.count)
     damage = errors @ [r.price for r in readers]
     units = np.asarray(group.group.units)[order]
-    if len(readers) == 1:
-        return _Curve(units, damage, readers[0].price)
+    if len(readers) == 1 and readers[0].site is not None:
+        return _Curve(units, _checked(model, readers[0], order, damage, walk, reference[:1]), readers[0].price)
     if readers and all(r.site is not None for r in readers):
         # What several layers lose at once does more than the sum of what each loses alone.
         some = max(1, group.count // 4)
         hurt = _hurt(model, readers, order[:some], walk, reference)
         damage = damage * max(hurt / max(float(damage[some]), 1e-12), 1.0)
     return _Curve(units, damage, None)
+
+
+def _checked(
+    model: Model, reader: _Weighed, order: np.ndarray, damage: np.ndarray, walk: Walk, reference: Sequence[Values]
+) -> np.ndarray:
+    """Damage, raised where what is measured with so many units gone is far above it.
+
+    The first layers of an image network lose little of their power, and with it the edges that all others live on.
+    """
+    gone = [max(1, int(share * len(damage))) for share in CHECKED]
+    found = [_hurt(model, [reader], order[:count], walk, reference) for count in gone]
+    factors = [max(1.0, hurt / max(FAR_OFF * damage[count], 1e-12)) for hurt, count in zip(found, gone, strict=True)]
+    return damage * np.interp(np.arange(len(damage)), [len(damage) / 4, *gone], [1.0, *factors])
 
 
 def _comparable(curves: Mapping[str, _Curve]) -> dict[str, Order]:
