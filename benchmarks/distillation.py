@@ -12,14 +12,12 @@ Exit status 1 when distilled students make as many errors as plain ones.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from _marks import Parser, data_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -124,14 +122,8 @@ class Bench:
         return True
 
 
-def data_file(name: str) -> str:
-    return str(Path(os.environ["EFFC_DATA"], "data", f"{name}.yaml"))
-
-
 def main() -> int:
-    parts = ["students", "temperatures"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["all", *parts], default="all", help="any of them")
+    parser = Parser(__doc__, ["students", "temperatures"])
     parser.add_argument("--epochs", type=int, default=20, help="of students")
     parser.add_argument("--teaching", type=int, default=30, help="epochs of the teacher")
     parser.add_argument("--seeds", type=int, default=3)
@@ -139,7 +131,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = Bench(options.epochs, options.teaching, options.seeds, options.threads)
-    held = [getattr(bench, part)() for part in (parts if "all" in options.parts else options.parts)]
+    held = [getattr(bench, part)() for part in parser.parts(options)]
     return int(not all(held))
 
 

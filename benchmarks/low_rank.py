@@ -12,7 +12,6 @@ Exit status 1 when a mark is missed; the marks are listed under the tables.
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import os
@@ -31,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from _marks import Marks, Parser, data_file, model_file
 from onnx import TensorProto, helper, numpy_helper
 
 from effc.api import Result, optimize, real_feeds
@@ -63,17 +63,13 @@ TOKENS, SENTENCES, CALIBRATION = 64, 200, 256
 THREADS = 2  # to compile with
 
 
-class Bench:
+class Bench(Marks):
     """Rows of all tables, and the marks that were missed."""
 
     def __init__(self, networks: list[str], shares: Sequence[float]) -> None:
         self.networks, self.shares = networks, shares
         self.rows: list[dict[str, Any]] = []
-        self.missed: list[str] = []
-
-    def mark(self, what: str, found: float, least: float) -> None:
-        if found < least:
-            self.missed.append(f"{what}: {found:.4g}, {least:g} wanted")
+        super().__init__()
 
     def table(self, title: str, rows: list[dict[str, Any]]) -> None:
         print(f"\n### {title}\n")
@@ -102,9 +98,9 @@ class Bench:
                 exact = error(whole, kind(whole, method.covariance).fit(full), method.covariance) ** 0.5
                 bounds = [] if known else [BOUNDS[name](layer, s) for s in settings if name in BOUNDS]
                 ratio = max((f / b for f, b in zip(found, bounds, strict=False)), default=np.nan)
-                self.mark(f"{name}: exactness", -exact, -1e-5)
+                self.at_most(f"{name}: exactness", exact, 1e-5)
                 if bounds:
-                    self.mark(f"{name}: bound", -ratio, -1 - 1e-9)
+                    self.at_most(f"{name}: bound", ratio, 1 + 1e-9)
                 rows.append({
                     "method": name, "fitted to": "data" if known else "weights",
                     "relative error at full rank": f"{exact:.1e}",
@@ -122,12 +118,12 @@ class Bench:
                 title = f"{network}, {share} of the multiply-accumulates"
                 points, _, seconds = self._side_by_side(network, f"macs={share}", METHOD_ROWS, title, THREADS)
                 if (network, share) in MARKS:
-                    self.mark(f"{title}: auto", points["auto"], MARKS[network, share])
+                    self.at_least(f"{title}: auto", points["auto"], MARKS[network, share])
                 if network == "resnet56":
-                    self.mark(f"{title}: seconds", -seconds, -COMPILE_SECONDS)
+                    self.at_most(f"{title}: seconds", seconds, COMPILE_SECONDS)
                 if share <= 0.5:
                     gain = points["filters"] - points["filters, linear, symmetric"]
-                    self.mark(f"{title}: ReLU-aware and asymmetric over linear and symmetric", gain, 0)
+                    self.at_least(f"{title}: ReLU-aware and asymmetric over linear and symmetric", gain, 0)
 
     def latencies(self) -> None:
         """The same where a latency is asked for: `auto` against each of its methods alone."""
@@ -138,7 +134,7 @@ class Bench:
                 points, latency, _ = self._side_by_side(network, f"speedup={speedup}", rows, title, 1)
                 for name in AUTO:
                     if latency[name] <= SAME * latency["auto"]:
-                        self.mark(f"{title}: auto over {name}", points["auto"] - points[name], 0)
+                        self.at_least(f"{title}: auto over {name}", points["auto"] - points[name], 0)
 
     def _side_by_side(
         self, network: str, budget: str, methods: Mapping[str, str], title: str, threads: int
@@ -181,7 +177,7 @@ class Bench:
                 for recipe in recipes:
                     result, seconds = timed(lambda recipe=recipe, batch=batch, network=network: optimize(
                         model_file(network), recipe, calibrate=f"{data_file('cifar10-train')}{{limit=512}}",
-                        evaluate=str(data_file("cifar10-test")), max_drop=1.0, batch=batch,
+                        evaluate=data_file("cifar10-test"), max_drop=1.0, batch=batch,
                     ))  # fmt: skip
                     history = result.history
                     latency, accuracy = history.latency, history.final.accuracy
@@ -193,8 +189,8 @@ class Bench:
                     })  # fmt: skip
                     if network == "vgg-small" and recipe == recipes[0]:
                         ratio = latency.ratio if latency else 1.0
-                        self.mark(f"vgg-small, batch {batch}: times as fast", 1 / ratio, 2)
-                        self.mark(f"vgg-small, batch {batch}: points", -accuracy.drop if accuracy else 0, -1)
+                        self.at_least(f"vgg-small, batch {batch}: times as fast", 1 / ratio, 2)
+                        self.at_least(f"vgg-small, batch {batch}: points", -accuracy.drop if accuracy else 0, -1)
                 self.table(f"{network}, batch {batch}, at most one point lost", rows)
 
     # --- dense layers and transformers
@@ -210,8 +206,8 @@ class Bench:
             share = record.cost_after.weight_bytes / record.cost_before.weight_bytes
             sizes = ", ".join(f"{n} x {k}" for n, k in shapes)
             rows.append({"network": name, "layers": sizes, "bytes": f"{share:.3f}", "compile, s": f"{seconds:.0f}"})
-            self.mark(f"{name}: seconds", -seconds, -60)
-            self.mark(f"{name}: times smaller", 1 / share, 5)
+            self.at_most(f"{name}: seconds", seconds, 60)
+            self.at_least(f"{name}: times smaller", 1 / share, 5)
         self.table("Dense layers", rows)
 
     def sentences(self) -> None:
@@ -237,7 +233,7 @@ class Bench:
                     "whitened: mean (least)": f"{ours.mean():.3f} ({ours.min():.3f})",
                     "plain: mean (least)": f"{theirs.mean():.3f} ({theirs.min():.3f})", "compile, s": f"{seconds:.0f}",
                 })  # fmt: skip
-                self.mark(f"sentences at {size}: whitened over plain", ours.mean() - theirs.mean(), 0)
+                self.at_least(f"sentences at {size}: whitened over plain", ours.mean() - theirs.mean(), 0)
             self.table(f"all-MiniLM-L6-v2: cosine similarity on {SENTENCES} sentences", rows)
 
 
@@ -286,21 +282,13 @@ def timed(make: Callable[[], Result]) -> tuple[Result, float]:
 
 
 def forced(model: Any, recipe: str, data: Any, *, threads: int = THREADS, **options: Any) -> Result:
-    calibrate = f"{data}{{limit=512}}" if isinstance(data, Path) else data
+    calibrate = f"{data}{{limit=512}}" if isinstance(data, str) else data
     return optimize(model, recipe, calibrate=calibrate, measure=False, force=True, threads=threads, **options)
 
 
 def by_method(result: Result) -> str:
     found = Counter(setting["method"] for _, setting in result.history.passes[-1].chosen)
     return ", ".join(f"{count} {name}" for name, count in found.most_common())
-
-
-def model_file(network: str) -> Path:
-    return Path(os.environ["EFFC_DATA"], "models", f"{network}-cifar10.onnx")
-
-
-def data_file(name: str) -> Path:
-    return Path(os.environ["EFFC_DATA"], "data", f"{name}.yaml")
 
 
 def layers(shapes: list[tuple[int, int]]) -> onnx.ModelProto:
@@ -389,24 +377,21 @@ def prose() -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["theory", "methods", "latencies", "guarded", "dense", "sentences"]
-    parser.add_argument("parts", nargs="*", choices=["all", *parts], default="all", help="any of them")
+    parser = Parser(__doc__, ["theory", "methods", "latencies", "guarded", "dense", "sentences"])
     parser.add_argument("--networks", nargs="+", choices=["resnet56", "vgg-small"], default=["resnet56", "vgg-small"])
     parser.add_argument("--shares", nargs="+", type=float, default=SHARES, help="of multiply-accumulates, for methods")
     parser.add_argument("--json", type=Path, help="write all rows here as well")
     options = parser.parse_args()
     bench = Bench(options.networks, options.shares)
-    for part in parts if "all" in options.parts else options.parts:
-        if part in ("methods", "latencies", "guarded") and "EFFC_DATA" not in os.environ:
+    parts = parser.parts(options)
+    if "EFFC_DATA" not in os.environ:
+        for part in {"methods", "latencies", "guarded"} & {*parts}:
             print(f"\n{part}: skipped, set EFFC_DATA to the folder that holds models/ and data/")
-            continue
-        getattr(bench, part)()
+        parts = [part for part in parts if part not in ("methods", "latencies", "guarded")]
+    status = bench.run(parts)
     if options.json:
         options.json.write_text(json.dumps(bench.rows, indent=1))
-    print(f"\n{len(bench.missed)} marks missed")
-    print("".join(f"- {line}\n" for line in bench.missed), end="")
-    return int(bool(bench.missed))
+    return status
 
 
 if __name__ == "__main__":

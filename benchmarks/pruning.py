@@ -13,15 +13,13 @@ Exit status 1 when a mark is missed; the marks are listed under the tables.
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _marks import Marks, Parser, data_file, model_file
 from _zoo import SHARED, catalogue
 
 import effc
@@ -42,14 +40,10 @@ SPEEDUPS = (1.25, 1.5, 2.0)
 CLASSES = 1000  # outputs of the light networks, which cannot go
 
 
-class Bench:
+class Bench(Marks):
     def __init__(self, networks: list[str], epochs: int, threads: int) -> None:
         self.networks, self.epochs, self.threads = networks, epochs, threads
-        self.missed: list[str] = []
-
-    def mark(self, what: str, found: float, least: float) -> None:
-        if not found >= least:
-            self.missed.append(f"{what}: {found:.4g}, {least:g} wanted")
+        super().__init__()
 
     def exact(self) -> None:
         """Units of every network, and a third of them removed."""
@@ -76,9 +70,9 @@ class Bench:
                 f"| {entry.name} | {len(inner)} | {share:.1%} | {len(gone)} | {macs:.2f} | {apart:.1e} "
                 f"| {seconds:.2f} |", flush=True,
             )  # fmt: skip
-            self.mark(f"{entry.name}: outputs apart", -apart, -EXACT)
+            self.at_most(f"{entry.name}: outputs apart", apart, EXACT)
             if entry.name not in ("bert-384x6", "bvlc_alexnet", "inception_v1", "zfnet512"):  # norms over channels
-                self.mark(f"{entry.name}: channels that can go", share, REACHED)
+                self.at_least(f"{entry.name}: channels that can go", share, REACHED)
 
     def saliencies(self) -> None:
         for network in self.networks:
@@ -93,7 +87,7 @@ class Bench:
                     score = self._score(network, {"pruned": pruned})["pruned"]
                     cells += [f"{score.points:.2f}", f"{score.damage:.3f}", f"{seconds:.0f}"]
                     if saliency == "reconstruction" and correct == "true" and network == "resnet56":
-                        self.mark("resnet56 at half of its MACs, no training: top-1", score.points, POINTS)
+                        self.at_least("resnet56 at half of its MACs, no training: top-1", score.points, POINTS)
                 print(f"| {saliency} | {' | '.join(cells)} |", flush=True)
 
     def latency(self) -> None:
@@ -104,7 +98,7 @@ class Bench:
 
     def _by_speed(self, recipe: str, speedups: tuple[float, ...], what: str) -> None:
         for network in self.networks:
-            original = effc.load(onnx_file(network))
+            original = effc.load(model_file(network))
             models = {str(s): self._forced(network, recipe.format(s))[0] for s in speedups}
             models = {name: simplified(model) if what == "latency" else model for name, model in models.items()}
             scores = self._score(network, models)
@@ -124,14 +118,14 @@ class Bench:
         print("\n| network | MACs | before | trained | seconds | original, trained alike |")
         print("| --- | --- | --- | --- | --- | --- |")
         for network in self.networks:
-            original = captured(hand_written(network)) if network in DEPTHS else effc.load(onnx_file(network))
+            original = captured(hand_written(network)) if network in DEPTHS else effc.load(model_file(network))
             fair = self._trained(network, original, original)[0]
             for share in (0.5, 0.33):
                 pruned, _ = self._forced(network, f"prune-channels{{macs={share}}}", original)
                 before = self._score(network, {"pruned": pruned}, original)["pruned"].points
                 after, seconds = self._trained(network, pruned, original)
                 print(f"| {network} | {share} | {before:.2f} | {after:.2f} | {seconds:.0f} | {fair:.2f} |", flush=True)
-                self.mark(f"{network} at {share}: points against the original trained alike", after - fair, 0)
+                self.at_least(f"{network} at {share}: points against the original trained alike", after - fair, 0)
 
     def _trained(self, network: str, model: Model, original: Model) -> tuple[float, float]:
         from effc.recover import Recover, train
@@ -144,7 +138,7 @@ class Bench:
 
     def _forced(self, network: str, recipe: str, original: Model | None = None) -> tuple[Model, float]:
         started = time.perf_counter()
-        model = effc.load(onnx_file(network)) if original is None else original
+        model = effc.load(model_file(network)) if original is None else original
         result = effc.optimize(
             model, recipe, calibrate=f"{data_file('cifar10-train')}{{limit=1024}}",
             measure=False, force=True, threads=self.threads,
@@ -152,7 +146,7 @@ class Bench:
         return result.model, time.perf_counter() - started
 
     def _score(self, network: str, models: Mapping[str, Model], original: Model | None = None) -> dict[str, Score]:
-        original = effc.load(onnx_file(network)) if original is None else original
+        original = effc.load(model_file(network)) if original is None else original
         runtime = backend("onnxruntime")
         sessions = {name: runtime.session(m, threads=self.threads) for name, m in {"o": original, **models}.items()}
         return evaluate(sessions, open_data(data_file("cifar10-test")).for_model(original), reference="o")
@@ -207,28 +201,14 @@ def measured(original: Model, models: Mapping[str, Model], batch: int) -> dict[s
     return {name: found[name].ratio for name in models}
 
 
-def onnx_file(network: str) -> Path:
-    return Path(os.environ["EFFC_DATA"], "models", f"{network}-cifar10.onnx")
-
-
-def data_file(name: str) -> str:
-    return str(Path(os.environ["EFFC_DATA"], "data", f"{name}.yaml"))
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["exact", "saliencies", "latency", "integers", "recovery"]
-    parser.add_argument("parts", nargs="*", choices=["all", *parts], default="all", help="any of them")
+    parser = Parser(__doc__, ["exact", "saliencies", "latency", "integers", "recovery"])
     parser.add_argument("--networks", nargs="+", choices=("resnet20", *NETWORKS), default=NETWORKS)
     parser.add_argument("--epochs", type=int, default=3, help="of recovery")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     bench = Bench(options.networks, options.epochs, options.threads)
-    for part in parts if "all" in options.parts else options.parts:
-        getattr(bench, part)()
-    print(f"\n{len(bench.missed)} marks missed")
-    print("".join(f"- {line}\n" for line in bench.missed), end="")
-    return int(bool(bench.missed))
+    return bench.run(parser.parts(options))
 
 
 if __name__ == "__main__":

@@ -17,14 +17,12 @@ Errors are those on the test images of the folder. Exit status 1 when a mark is 
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from _marks import Marks, Parser, data_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -55,19 +53,11 @@ def network(name: str) -> nn.Module:
     )  # fmt: skip
 
 
-def data_file(name: str) -> str:
-    return str(Path(os.environ["EFFC_DATA"], "data", f"{name}.yaml"))
-
-
-class Bench:
+class Bench(Marks):
     def __init__(self, epochs: int, rounds: int, each: int, seeds: int, threads: int) -> None:
         self.epochs, self.rounds, self.each, self.seeds, self.threads = epochs, rounds, each, seeds, threads
-        self.missed: list[str] = []
+        super().__init__()
         self._dense: dict[tuple[str, int], Model] = {}
-
-    def mark(self, what: str, found: float, most: float) -> None:
-        if not found <= most:
-            self.missed.append(f"{what}: {found:.4g}, at most {most:.4g} wanted")
 
     def dense(self, name: str, seed: int = 0) -> Model:
         """The network trained from labels alone."""
@@ -135,11 +125,11 @@ class Bench:
             told = [f"{1e6 * d:.1f} ({1e6 * r:+.0f})" for d, r in zip(hurt, rises, strict=True)]
             print(f"| {100 * share:.0f} % | {1e6 * predicted:.1f} | {' | '.join(told)} |", flush=True)
             if share <= 0.8:  # beyond, a quadratic model is no guide
-                self.mark(f"{100 * share:.0f} % removed: damage by OBD, step by step", hurt[1], hurt[2])
+                self.at_most(f"{100 * share:.0f} % removed: damage by OBD, step by step", hurt[1], hurt[2])
             if share == 0.3:
-                self.mark("30 % removed: rise of the loss by OBD", rises[0], rises[2])
+                self.at_most("30 % removed: rise of the loss by OBD", rises[0], rises[2])
                 off = max(predicted / hurt[0], hurt[0] / predicted)
-                self.mark("30 % removed: actual and predicted damage apart, times", off, 2)
+                self.at_most("30 % removed: actual and predicted damage apart, times", off, 2)
 
     def _predicted(self, model: Model, pruned: Model, h) -> float:
         total = 0.0
@@ -164,7 +154,7 @@ class Bench:
             found = [self.pruned(model, options) for options in ways]
             told = [f"{self.loss(each) - start:.4f} nats, {self.errors(each):.2f} %" for each in found]
             print(f"| {how} | {' | '.join(told)} |", flush=True)
-            self.mark(f"{how}: rise with what stays fitted", self.loss(found[1]), self.loss(found[0]))
+            self.at_most(f"{how}: rise with what stays fitted", self.loss(found[1]), self.loss(found[0]))
 
     def iterative(self) -> None:
         print(f"\n{self.epochs} epochs, then {self.rounds} rounds of pruning and {self.each} epochs")
@@ -191,7 +181,7 @@ class Bench:
                 f"{shares} %",
             ]
             print(f"| {' | '.join(told)} | {a:,} -> {b:,} bytes | {seconds:.0f}, {stage.status} |", flush=True)
-            self.mark(f"{name}: errors after pruning, to 0.1", after, fair + 0.1)
+            self.at_most(f"{name}: errors after pruning, to 0.1", after, fair + 0.1)
 
     def _how(self) -> str:
         return f"epochs={self.each}, batch={BATCH}, learning_rate={RATE / 2}, labels=1, weight_decay=0.0005, features=0"
@@ -212,9 +202,7 @@ class Bench:
 
 
 def main() -> int:
-    parts = ["obd", "fitted", "iterative", "dsd"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=["all", *parts], default="all", help="any of them")
+    parser = Parser(__doc__, ["obd", "fitted", "iterative", "dsd"])
     parser.add_argument("--epochs", type=int, default=4, help="of the first training")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--each", type=int, default=3, help="epochs of a round, and of each phase of dsd")
@@ -223,11 +211,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = Bench(options.epochs, options.rounds, options.each, options.seeds, options.threads)
-    for part in parts if "all" in options.parts else options.parts:
-        getattr(bench, part)()
-    print(f"\n{len(bench.missed)} marks missed")
-    print("".join(f"- {line}\n" for line in bench.missed), end="")
-    return int(bool(bench.missed))
+    return bench.run(parser.parts(options))
 
 
 if __name__ == "__main__":

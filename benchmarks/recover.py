@@ -14,7 +14,6 @@ Exit status 1 when a mark is missed; the marks are listed under the tables.
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _marks import Marks, Parser, data_file, model_file
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -78,14 +78,10 @@ class ResNet(nn.Module):
         return self.linear(x.mean(dim=(2, 3)))
 
 
-class Bench:
+class Bench(Marks):
     def __init__(self, networks: list[str], epochs: int, rate: float, threads: int) -> None:
         self.networks, self.epochs, self.rate, self.threads = networks, epochs, rate, threads
-        self.missed: list[str] = []
-
-    def mark(self, what: str, found: float, most: float) -> None:
-        if not found <= most:
-            self.missed.append(f"{what}: {found:.3g}, at most {most:g} wanted")
+        super().__init__()
 
     def view(self) -> None:
         """Outputs, gradients and time of the view against the hand-written network's."""
@@ -104,9 +100,9 @@ class Bench:
             )
             ratio = self._ratio(own, view, x, y)
             print(f"| {network} | {outputs:.1e} | {gradients:.1e} | {ratio:.2f} |", flush=True)
-            self.mark(f"{network}: outputs", outputs, CLOSE)
-            self.mark(f"{network}: gradients", gradients, CLOSE)
-            self.mark(f"{network}: an epoch's time", ratio, 1.1)
+            self.at_most(f"{network}: outputs", outputs, CLOSE)
+            self.at_most(f"{network}: gradients", gradients, CLOSE)
+            self.at_most(f"{network}: an epoch's time", ratio, 1.1)
 
     def _ratio(self, own: nn.Module, view: nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
         """Median of the ratio of steps in turns, single images apart: an epoch is 196 of them."""
@@ -125,7 +121,7 @@ class Bench:
         print("\n| network | MACs | before | with labels | without labels | seconds | original, trained alike |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
         for network in self.networks:
-            original = captured(hand_written(network)) if network in DEPTHS else effc.load(onnx_file(network))
+            original = captured(hand_written(network)) if network in DEPTHS else effc.load(model_file(network))
             fair, _ = self._trained(original, original, labels=1.0)
             for share in SHARES:
                 split = effc.optimize(
@@ -138,7 +134,7 @@ class Bench:
                 print(f"| {network} | {share} | {before:.2f} | {hard:.2f} | {soft:.2f} | {seconds:.0f} | {fair:.2f} |")
                 sys.stdout.flush()
                 if share == SHARES[0]:
-                    self.mark(f"{network} at {share}: points lost against the fair baseline", fair - hard, 0)
+                    self.at_most(f"{network} at {share}: points lost against the fair baseline", fair - hard, 0)
 
     def _trained(self, model: Model, teacher: Model, labels: float) -> tuple[float, float]:
         started = time.perf_counter()
@@ -150,7 +146,7 @@ class Bench:
         """Quantisation-aware training from few images without labels, against int8 without training."""
         images = data_file("imagenet-500")
         few, rest = f"{images}{{shuffle=0, limit={FEW}}}", open_data(f"{images}{{shuffle=0, start={FEW}}}")
-        original = effc.load(onnx_file("mobilenet_v1_025", "imagenet"))
+        original = effc.load(model_file("mobilenet_v1_025", "imagenet"))
         start = time.perf_counter()
         models, seconds = {"original": original}, {"original": 0.0}
         for name, more in (("int8", ""), ("int8, trained", f", recover{{{QAT}}}")):
@@ -165,7 +161,7 @@ class Bench:
         print("\n| model | top-1 | agrees with the original | damage | seconds |\n| --- | --- | --- | --- | --- |")
         for name, s in scores.items():
             print(f"| {name} | {s.points:.1f} | {100 * s.agreement:.1f} | {s.damage:.4f} | {seconds[name]:.0f} |")
-        self.mark("int8, trained: damage", scores["int8, trained"].damage, scores["int8"].damage)
+        self.at_most("int8, trained: damage", scores["int8, trained"].damage, scores["int8"].damage)
 
     def killed(self) -> None:
         """The same final weights, whether the run was killed or not."""
@@ -189,14 +185,14 @@ class Bench:
                 float(np.abs(v.const_value.numpy() - second[k].const_value.numpy()).max()) for k, v in first.items()
             )
         print(f"weights of the run that was killed, from the other's: {off:g} apart")
-        self.mark("a killed run: weights apart", off, 0)
+        self.at_most("a killed run: weights apart", off, 0)
 
     def _command(self, folder: Path, run: str) -> list[str]:
         options = f"epochs=3, augment=flip-shift, checkpoint={folder / run}.pt"
         return [
-            sys.executable, "-c", "from effc.cli import main; main()", "recover", str(onnx_file("resnet20")), "--train",
-            f"{data_file('cifar10-train')}{{limit=3000}}", "--options", options, "-o", str(folder / f"{run}.onnx"),
-            "--quiet", "--threads", str(self.threads),
+            sys.executable, "-c", "from effc.cli import main; main()", "recover", str(model_file("resnet20")),
+            "--train", f"{data_file('cifar10-train')}{{limit=3000}}", "--options", options,
+            "-o", str(folder / f"{run}.onnx"), "--quiet", "--threads", str(self.threads),
         ]  # fmt: skip
 
     def _points(self, model: Model) -> float:
@@ -228,19 +224,9 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / a.abs().max())
 
 
-def onnx_file(network: str, data: str = "cifar10") -> Path:
-    return Path(os.environ["EFFC_DATA"], "models", f"{network}-{data}.onnx")
-
-
-def data_file(name: str) -> str:
-    return str(Path(os.environ["EFFC_DATA"], "data", f"{name}.yaml"))
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["view", "recovery", "integers", "killed"]
+    parser = Parser(__doc__, ["view", "recovery", "integers", "killed"])
     known = [*DEPTHS, "vgg-small"]
-    parser.add_argument("parts", nargs="*", choices=["all", *parts], default="all", help="any of them")
     parser.add_argument("--networks", nargs="+", choices=known, default=known)
     parser.add_argument("--epochs", type=int, default=4, help="of recovery")
     parser.add_argument("--rate", type=float, default=0.01, help="learning rate of recovery")
@@ -248,11 +234,7 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     bench = Bench(options.networks, options.epochs, options.rate, options.threads)
-    for part in parts if "all" in options.parts else options.parts:
-        getattr(bench, part)()
-    print(f"\n{len(bench.missed)} marks missed")
-    print("".join(f"- {line}\n" for line in bench.missed), end="")
-    return int(bool(bench.missed))
+    return bench.run(parser.parts(options))
 
 
 if __name__ == "__main__":

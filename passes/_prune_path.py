@@ -90,9 +90,7 @@ def path(widths: Widths, choices: Mapping[str, Choice], quantity: str, enough: C
     return steps
 
 
-def ranked(
-    widths: Widths, choices: Mapping[str, Choice], enough: Callable[[Cost], bool], *, alike: bool
-) -> list[Step]:
+def ranked(widths: Widths, choices: Mapping[str, Choice], enough: Callable[[Cost], bool], *, alike: bool) -> list[Step]:
     """Steps in an order that does not ask what they save, until it is enough.
 
     Args:
