@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from torch.nn import functional as F
 import effc
 from effc.data import open_data
 from effc.evaluate import evaluate
+from effc.finetune import Precision
 from effc.model import Model
 from effc.recover import Recover, train
 from effc.registry import backend, trainer
@@ -79,8 +80,9 @@ class ResNet(nn.Module):
 
 
 class Bench(Marks):
-    def __init__(self, networks: list[str], epochs: int, rate: float, threads: int) -> None:
+    def __init__(self, networks: list[str], epochs: int, rate: float, precision: Precision, threads: int) -> None:
         self.networks, self.epochs, self.rate, self.threads = networks, epochs, rate, threads
+        self.precision: Precision = precision
         super().__init__()
 
     def view(self) -> None:
@@ -138,7 +140,9 @@ class Bench(Marks):
 
     def _trained(self, model: Model, teacher: Model, labels: float) -> tuple[float, float]:
         started = time.perf_counter()
-        how = Recover(epochs=self.epochs, labels=labels, augment="flip-shift", learning_rate=self.rate)
+        how = Recover(
+            epochs=self.epochs, labels=labels, augment="flip-shift", learning_rate=self.rate, precision=self.precision
+        )  # fmt: skip
         found = train(model, how, data=data_file("cifar10-train"), teachers=[teacher], threads=self.threads)
         return self._points(found.model), time.perf_counter() - started
 
@@ -230,10 +234,11 @@ def main() -> int:
     parser.add_argument("--networks", nargs="+", choices=known, default=known)
     parser.add_argument("--epochs", type=int, default=4, help="of recovery")
     parser.add_argument("--rate", type=float, default=0.01, help="learning rate of recovery")
+    parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="of training")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    bench = Bench(options.networks, options.epochs, options.rate, options.threads)
+    bench = Bench(options.networks, options.epochs, options.rate, options.precision, options.threads)
     return bench.run(parser.parts(options))
 
 

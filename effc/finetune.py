@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 EXPLODED = 1e3  # times the loss at the start, or times 1 where that was less
 Optimizer = Literal["sgd", "adam"]
+Precision = Literal["auto", "float32", "bfloat16"]
 Wanted = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
 
 
@@ -48,6 +49,8 @@ class Schedule:
         patience: epochs without a better state after which training ends; None: never.
         augment: what is done to images: mirrored, shifted by up to an eighth of their size, or both.
         frozen_norms: batch norms keep their statistics.
+        precision: of a step's products (Micikevicius et al. 2018; weights, losses and what judges epochs stay float32);
+            auto: bfloat16 on CUDA, float32 on processors.
     """
 
     epochs: int = 10
@@ -61,6 +64,7 @@ class Schedule:
     patience: int | None = None
     augment: Augment = "none"
     frozen_norms: bool = False
+    precision: Precision = "auto"
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step, given the number of steps of an epoch."""
@@ -98,7 +102,7 @@ class Finetune:
         held_out: what judges epochs; no sample of `data`.
         wanted: the teachers' outputs for feeds, or None.
         labels: whether the data's labels count.
-        device: "cpu" or "cuda", where steps run in bfloat16 where that is safe (autocast).
+        device: "cpu" or "cuda".
         checkpoint: file to which each epoch's end is written, and from which training goes on where there is one.
         key: what the checkpoint must have been made with.
     """
@@ -224,7 +228,8 @@ class Finetune:
         wanted = {} if self.wanted is None else self.wanted(feeds)
         tensors = self.view(*(self._fed(feeds[name]) for name in self.inputs))
         names = [*self.outputs, *self.features]
-        made = dict(zip(names, tensors if len(names) > 1 else (tensors,), strict=True))
+        tensors = tensors if len(names) > 1 else (tensors,)
+        made = {n: t.float() if t.dtype == torch.bfloat16 else t for n, t in zip(names, tensors, strict=True)}
         for name, array in wanted.items():
             if name not in made or tuple(made[name].shape) != array.shape:
                 found = f"one of {tuple(made[name].shape)}" if name in made else f"only {', '.join(made)}"
@@ -256,7 +261,7 @@ class Finetune:
 
         self.view.eval()
         total = count = right = 0
-        with torch.no_grad(), self._precision():
+        with torch.no_grad():
             for part in self.held_out.batches(self.schedule.batch):
                 size = len(next(iter(part.feeds.values())))
                 loss, hits = self._loss(part.feeds, part)
@@ -275,7 +280,9 @@ class Finetune:
     def _precision(self) -> Any:
         import torch
 
-        return torch.autocast("cuda", dtype=torch.bfloat16) if self.device == "cuda" else nullcontext()
+        wanted = self.schedule.precision
+        low = self.device == "cuda" if wanted == "auto" else wanted == "bfloat16"
+        return torch.autocast(self.device, dtype=torch.bfloat16) if low else nullcontext()
 
     # --- checkpoints
 

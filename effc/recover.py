@@ -28,7 +28,7 @@ from effc.data import Data, open_data
 from effc.distillation import Loss, ensemble
 from effc.errors import BadInput
 from effc.evaluate import Score, are_probabilities, evaluate
-from effc.finetune import Finetune, Fitted, Optimizer, Schedule, Wanted, device, torch_threads
+from effc.finetune import Finetune, Fitted, Optimizer, Precision, Schedule, Wanted, device, torch_threads
 from effc.model import Model, constant_tensor
 from effc.piecewise import By, rewritten, train_parts
 from effc.reestimate import reestimate
@@ -89,6 +89,9 @@ class Recover(Pass):
     ] = 0
     device: Annotated[
         Literal["auto", "cpu", "cuda"], Field(description="where to train; auto: CUDA where there is some")
+    ] = "auto"
+    precision: Annotated[
+        Precision, Field(description="of a step's products; auto: bfloat16 on CUDA, float32 on processors")
     ] = "auto"
     checkpoint: Annotated[
         str | None, Field(description="file that holds the state after each epoch; training goes on from it")

@@ -64,6 +64,26 @@ def test_the_rate_rises_and_falls_along_a_cosine():
     assert Schedule(epochs=1, learning_rate=0.3).rate(0, 5) == 0.3
 
 
+def test_a_step_in_bfloat16_is_autocast_and_judged_in_float32():
+    """Against PyTorch's own autocast by hand, to the last bit; weights stay float32."""
+    schedule = Schedule(epochs=1, batch=96, learning_rate=0.1, weight_decay=0.0, clip=1e9, precision="bfloat16")
+    view = View(norm=False)
+    other, exact = copy.deepcopy(view), copy.deepcopy(view)
+    fitted = finetune(view, data(), schedule).run()
+    by_hand = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+    order = np.concatenate([part.feeds["x"] for part in data().batches(96)])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = other(torch.from_numpy(order))
+    assert made.dtype == torch.bfloat16
+    torch.nn.functional.cross_entropy(made.float(), torch.from_numpy(Y)).backward()
+    by_hand.step()
+    for name, value in weights(other).items():
+        assert value.dtype == np.float32
+        np.testing.assert_allclose(weights(view)[name], value, rtol=0, atol=1e-6)  # samples come in another order
+    before = torch.nn.functional.cross_entropy(exact(torch.from_numpy(X)), torch.from_numpy(Y)).item()
+    assert fitted.scores[0][1] == pytest.approx(before, rel=1e-6)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_a_step_is_that_of_the_optimizer(optimizer):
     """One batch an epoch and no norm, against PyTorch's own by hand; the last state of a falling loss is the best."""
