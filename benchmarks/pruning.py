@@ -1,12 +1,13 @@
 """Pruned channels: what can go and that its removal is exact, what is left without training, and what training adds.
 
-    python benchmarks/pruning.py [exact|saliencies|latency|integers|recovery ...] [--networks resnet56] [--epochs 3]
+    python benchmarks/pruning.py [exact|saliencies|latency|integers|recovery|deployed ...] [--networks resnet56]
 
 Needs networks and data in $EFFC_DATA. `exact`: units that can be removed of every network, and outputs with some of
 them removed against outputs with nothing reading them. `saliencies`: half of the multiply-accumulates, unit by each
 saliency, with and without fitting what stays. `latency`: what is left of latency and accuracy by predicted speed-ups.
 `integers`: pruned for the kernels of int8. `recovery`: pruned, then trained on the 25,000 training images with their
-labels, beside the original trained alike (needs the package torch).
+labels, beside the original trained alike; `deployed`: the same, pruned for the kernels of int8 and lowered to them
+behind the training (both need the package torch).
 
 Exit status 1 when a mark is missed; the marks are listed under the tables.
 """
@@ -41,8 +42,8 @@ CLASSES = 1000  # outputs of the light networks, which cannot go
 
 
 class Bench(Marks):
-    def __init__(self, networks: list[str], epochs: int, threads: int) -> None:
-        self.networks, self.epochs, self.threads = networks, epochs, threads
+    def __init__(self, networks: list[str], epochs: int, precision: str, threads: int) -> None:
+        self.networks, self.epochs, self.precision, self.threads = networks, epochs, precision, threads
         super().__init__()
 
     def exact(self) -> None:
@@ -127,11 +128,39 @@ class Bench(Marks):
                 print(f"| {network} | {share} | {before:.2f} | {after:.2f} | {seconds:.0f} | {fair:.2f} |", flush=True)
                 self.at_least(f"{network} at {share}: points against the original trained alike", after - fair, 0)
 
+    def deployed(self) -> None:
+        """Pruned for int8, trained, lowered, against the float original trained alike and the original as it is."""
+        from recover import DEPTHS, captured, hand_written
+
+        print("\n| network | predicted | MACs | top-1 | original, trained alike | latency, batch 1 | batch 32 |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for network in filter(DEPTHS.__contains__, self.networks):
+            original = captured(hand_written(network))
+            fair = self._trained(network, original, original)[0]
+            for speedup in (1, *SPEEDUPS[:2]):
+                options = ", ".join(f"{k}={v}" for k, v in self._training().items())
+                pruning = f"prune-channels{{speedup={speedup}}}, " if speedup > 1 else ""
+                recipe = f"{pruning}recover{{{options}}}, simplify, fold-batchnorm, int8"
+                model, _ = self._forced(network, recipe, original)
+                points = self._score(network, {"m": model}, original)["m"].points
+                ratios = [measured(original, {"m": model}, batch)["m"] for batch in (1, 32)]
+                share = cost(model).total.macs / cost(original).total.macs
+                print(
+                    f"| {network} | {speedup} | {share:.2f} | {points:.2f} | {fair:.2f} | {ratios[0]:.2f} "
+                    f"| {ratios[1]:.2f} |", flush=True,
+                )  # fmt: skip
+                if speedup == SPEEDUPS[1]:
+                    self.at_most(f"{network}, pruned, trained, int8: latency", ratios[0], 0.36)
+                    self.at_least(f"{network}, pruned, trained, int8: points against the fair", points - fair, 0)
+
+    def _training(self) -> dict[str, Any]:
+        return {"epochs": self.epochs, "labels": 1.0, "augment": "flip-shift", "precision": self.precision}
+
     def _trained(self, network: str, model: Model, original: Model) -> tuple[float, float]:
         from effc.recover import Recover, train
 
         started = time.perf_counter()
-        how = Recover(epochs=self.epochs, labels=1.0, augment="flip-shift")
+        how = Recover(**self._training())
         found = train(model, how, data=data_file("cifar10-train"), teachers=[original], threads=self.threads)
         seconds = time.perf_counter() - started
         return self._score(network, {"m": found.model}, original)["m"].points, seconds
@@ -140,7 +169,7 @@ class Bench(Marks):
         started = time.perf_counter()
         model = effc.load(model_file(network)) if original is None else original
         result = effc.optimize(
-            model, recipe, calibrate=f"{data_file('cifar10-train')}{{limit=1024}}",
+            model, recipe, calibrate=f"{data_file('cifar10-train')}{{limit=1024}}", train=data_file("cifar10-train"),
             measure=False, force=True, threads=self.threads,
         )  # fmt: skip
         return result.model, time.perf_counter() - started
@@ -202,12 +231,13 @@ def measured(original: Model, models: Mapping[str, Model], batch: int) -> dict[s
 
 
 def main() -> int:
-    parser = Parser(__doc__, ["exact", "saliencies", "latency", "integers", "recovery"])
+    parser = Parser(__doc__, ["exact", "saliencies", "latency", "integers", "recovery", "deployed"])
     parser.add_argument("--networks", nargs="+", choices=("resnet20", *NETWORKS), default=NETWORKS)
     parser.add_argument("--epochs", type=int, default=3, help="of recovery")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of training")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    bench = Bench(options.networks, options.epochs, options.threads)
+    bench = Bench(options.networks, options.epochs, options.precision, options.threads)
     return bench.run(parser.parts(options))
 
 
