@@ -32,13 +32,15 @@ import peers
 from effc.api import optimize, real_feeds
 from effc.capture import load
 from effc.data import Data, open_data
-from effc.evaluate import Score, evaluate
+from effc.evaluate import Score, evaluate, paired_p
 from effc.history import UNDONE
 from effc.measure import SLOWER, Latency, compare_many
 from effc.registry import backend
+from effc.runtime import Session
 from effc.save import save
 
 RECIPE = "simplify,fold-batchnorm,int8"
+NNCF, IN_OPENVINO = "nncf-mixed", Path(__file__).with_name("_in_openvino.py")
 NEVER = "-"
 
 
@@ -100,6 +102,18 @@ class Candidate:
         return hashlib.sha256(proto.SerializeToString(deterministic=True)).hexdigest()
 
 
+class Replayed(Session):
+    """Outputs that were computed elsewhere, handed out in order."""
+
+    def __init__(self, outputs: Mapping[str, np.ndarray]) -> None:
+        self._outputs, self._place = outputs, 0
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        begin = self._place
+        self._place += len(next(iter(feeds.values())))
+        return {name: array[begin : self._place] for name, array in self._outputs.items()}
+
+
 class Bench:
     """One network: makes each candidate once, evaluates each file once, and prints a table a batch."""
 
@@ -134,6 +148,9 @@ class Bench:
             seconds=self.options.seconds,
         )
         rows = [self._row(c, latencies.get(c.name), batch) for c in candidates]
+        elsewhere = next((c for c in self.peers if c.name == NNCF and not c.failure), None)
+        if elsewhere is not None:
+            rows.append(self._in_openvino(elsewhere, rows[0], batch))
         self._print(rows, batch)
         self._judge({row["candidate"]: row for row in rows}, batch)
         return rows
@@ -169,7 +186,7 @@ class Bench:
         wanted += ["onnxruntime-dynamic"] if self.options.dynamic else []
         found = [self._peer(name, lambda n, out: peers.PEERS[n](self.float.path, feeds, out)) for name in wanted]
         if self.options.nncf:
-            found.append(self._peer("nncf-mixed", lambda n, out: self._command(n, batches, out)))
+            found.append(self._peer(NNCF, lambda n, out: self._command(n, batches, out)))
         return found
 
     def _peer(self, name: str, make: Callable[[str, Path], object]) -> Candidate:
@@ -177,8 +194,31 @@ class Bench:
         return _timed(made, lambda: make(name, made.path))
 
     def _command(self, peer: str, batches: Path, out: Path) -> None:
-        command = [self.options.nncf, peers.__file__, peer, self.float.path, batches, out]
-        done = subprocess.run([os.fspath(part) for part in command], capture_output=True, text=True)
+        self._elsewhere(peers.__file__, peer, self.float.path, batches, out)
+
+    def _in_openvino(self, made: Candidate, float32: dict[str, Any], batch: int) -> dict[str, Any]:
+        """The row of a model in OpenVINO; times are over the float original's in onnxruntime."""
+        other = Candidate(f"{made.name}, in OpenVINO", made.path, made.seconds)
+        inputs, out = self.folder / "inputs.npz", self.folder / "outputs.npz"
+        parts = [part.feeds for part in self.evaluation.batches(32)]
+        np.savez(inputs, **{name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+        try:
+            self._elsewhere(IN_OPENVINO, made.path, self.float.path, inputs, batch, self.options.seconds, out)
+        except RuntimeError as error:
+            other.failure = str(error)
+            return self._row(other, None, batch)
+        with np.load(out) as arrays:
+            ratio = float(arrays["ratio"])
+            outputs = {n.removeprefix("output "): arrays[n] for n in arrays.files if n.startswith("output ")}
+        sessions = {"float32": self.runtime.session(self.float.path, threads=1), "other": Replayed(outputs)}
+        score = evaluate(sessions, self.evaluation, batch=self.model.batch, reference="float32")["other"]
+        row = self._row(other, Latency(**float32["latency"]), batch, score)
+        row["latency"] |= {"ratio": ratio, "low": ratio, "high": ratio, "after_ms": ratio * row["latency"]["after_ms"]}
+        return row
+
+    def _elsewhere(self, *arguments: object) -> None:
+        """Run a script under the interpreter that has NNCF."""
+        done = subprocess.run([str(part) for part in (self.options.nncf, *arguments)], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError((done.stderr.strip().splitlines() or ["no reason given"])[-1])
 
@@ -191,16 +231,17 @@ class Bench:
         sessions = {digest: self.runtime.session(path, threads=1) for digest, path in new.items()}
         self.scores |= evaluate(sessions, self.evaluation, batch=self.model.batch, reference=self.float.digest)
 
-    def _row(self, made: Candidate, latency: Latency | None, batch: int) -> dict[str, Any]:
+    def _row(self, made: Candidate, latency: Latency | None, batch: int, score: Score | None = None) -> dict[str, Any]:
         row: dict[str, Any] = {"network": self.name, "batch": batch, "candidate": made.name, "seconds": made.seconds}
         if latency is None:
             return {**row, "failure": made.failure, "remarks": made.remarks}
-        score, original = self.scores[made.digest], self.scores[self.float.digest]
+        score, original = score or self.scores[made.digest], self.scores[self.float.digest]
         return {
             **row,
             "metric": score.metric,
             "points": score.points,
             "change": score.points - original.points,
+            "p": None if score.per_sample is None else paired_p(score, original),
             "samples": score.samples,
             "agreement": score.agreement,
             "damage": score.damage,
@@ -212,8 +253,8 @@ class Bench:
     def _print(self, rows: list[dict[str, Any]], batch: int) -> None:
         first = rows[0]
         print(f"\n### {self.name}, batch {batch} ({first['samples']} evaluation samples)\n")
-        print(f"| model | {first['metric']} | change | agreement | damage | ms | x float32 | size | compile s |")
-        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        print(f"| model | {first['metric']} | change | p | agreement | damage | ms | x float32 | size | compile s |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
         for row in rows:
             print(_line(row))
         print()
@@ -259,14 +300,15 @@ def _timed(made: Candidate, make: Callable[[], object]) -> Candidate:
 def _line(row: Mapping[str, Any]) -> str:
     seconds = NEVER if row["seconds"] is None else f"{row['seconds']:.1f}"
     if "failure" in row:
-        return f"| {row['candidate']} | failed: {row['failure']} | | | | | | | {seconds} |"
+        return f"| {row['candidate']} | failed: {row['failure']} | | | | | | | | {seconds} |"
     reference = row["seconds"] is None
     latency = row["latency"]
     agreement = NEVER if row["agreement"] is None else f"{100 * row['agreement']:.2f} %"
     bounds = "1" if reference else f"{latency['ratio']:.3f} [{latency['low']:.3f}, {latency['high']:.3f}]"
     change = NEVER if reference or not np.isfinite(row["change"]) else f"{row['change']:+.2f}"
+    chance = NEVER if reference or row["p"] is None else f"{row['p']:.2g}"
     return (
-        f"| {row['candidate']} | {row['points']:.2f} | {change} | {agreement} | {row['damage']:.4f} |"
+        f"| {row['candidate']} | {row['points']:.2f} | {change} | {chance} | {agreement} | {row['damage']:.4f} |"
         f" {latency['after_ms']:.3f} | {bounds} | {row['size']:.2f} | {seconds} |"
     )
 
