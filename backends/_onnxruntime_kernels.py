@@ -30,6 +30,7 @@ BODIES = {"If", "Loop", "Scan"}
 ALONG_AXES = {
     "Slice", "Pad", "Resize", "Upsample", "MaxPool", "NhwcMaxPool", "AveragePool", "QLinearAveragePool", "Gather",
     "GlobalAveragePool", "QLinearGlobalAveragePool", "BatchNormalization", "LRN", "ReduceMean", "Expand", "Tile",
+    "SpaceToDepth", "DepthToSpace",
 }  # fmt: skip
 
 Shape = tuple[int, ...]

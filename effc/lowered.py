@@ -34,6 +34,8 @@ def integer(kernel: Kernel, weight: Sequence[int] | None = None) -> Kernel | Non
         if weight is not None:
             group = weight[0] if kernel.kind.endswith("depthwise") else dims["g"]
             dims |= {"g": group, "m": weight[0] // group, "c": weight[1]}
+            if len(weight) == 4 and weight[2:] != (dims["kh"], dims["kw"]):
+                dims |= {"kh": weight[2], "kw": weight[3], "s": 1}  # the stride has become channels
         kind, macs = _convolution(dims), _product(dims, "nhwmgc", "kh", "kw")
         image = dims["s"] ** 2 * _product(dims, "nhwgc")
         moved = int(image + _product(dims, "mgc", "kh", "kw") + _product(dims, "nhwmg"))

@@ -15,6 +15,8 @@ from effc.lowered import detour, integer, integer_cost
 from effc.model import Model
 from effc.traffic import traffic
 
+from ._stem import widened
+
 CLOSE = 1.2  # ratio up to which the prediction of a single kernel does not settle which of two is slower
 
 
@@ -73,13 +75,11 @@ def _measured(context: Context) -> Callable[[Kernel], bool]:
 
 
 def _weight_shape(node: ir.Node, context: Context) -> tuple[int, ...] | None:
-    """Of a convolution, as it is lowered: images are padded to as many channels as integer kernels like."""
+    """Of a convolution, as it is lowered: with as many channels of an image as integer kernels like."""
     if node.op_type != "Conv":
         return None
-    outputs, inputs, *taps = constant_weight(node).shape
-    if node.inputs[0].is_graph_input() and node.attributes.get_int("group", 1) == 1:
-        inputs += -inputs % context.target.integer.inputs_in
-    return outputs, inputs, *taps
+    shape = constant_weight(node).shape
+    return widened(node, shape, context.target.integer.inputs_in) if node.inputs[0].is_graph_input() else shape
 
 
 def sides(order: Sequence[ir.Node], sources: Set[ir.Node]) -> tuple[set[ir.Node], set[ir.Node]]:

@@ -13,6 +13,8 @@ from effc.model import Model
 from effc.placement import Placement
 from effc.quantize import Affine, quantize_weight
 
+from ._stem import widen
+
 UNASKED = ("Conv", "ConvTranspose", "Gemm")  # whose float weights onnxruntime quantises unasked
 
 
@@ -171,9 +173,8 @@ class Lowering:
             shift = ((q.decoded() - weight.astype(np.float64)) * met).sum(axis=others)
             bias = (0.0 if bias is None else bias) - shift
         codes = q.codes
-        if node.op_type == "Conv" and (missing := self._missing_inputs(node, weight.shape)):
-            codes = np.pad(codes, [(0, 0), (0, missing)] + [(0, 0)] * (weight.ndim - 2))
-            self._pad_inputs(node, x, missing)
+        if node.op_type == "Conv" and (image := self._source.get(node.inputs[0])) is not None:
+            codes = widen(self.model, node, codes, image, self._codes[image], self._parameters[image], self.inputs_in)
         if node.op_type == "Gemm":
             if axis == 0:  # integer kernels read the right operand as it stands
                 codes, axis = np.ascontiguousarray(codes.T), 1
@@ -186,37 +187,6 @@ class Lowering:
         given = node.inputs[2] if len(node.inputs) > 2 else None
         hint = given.name if given is not None else f"{node.name}_bias"
         edit.set_input(self.model, node, 2, self._constant(hint, integers, scales, 0, node))
-
-    def _missing_inputs(self, node: ir.Node, shape: tuple[int, ...]) -> int:
-        """Channels that an image lacks for the fast kernel; inner layers are left as they are."""
-        reads_input = self._source.get(node.inputs[0]) is not None and node.inputs[0].shape is not None
-        return -shape[1] % self.inputs_in if reads_input and node.attributes.get_int("group", 1) == 1 else 0
-
-    def _pad_inputs(self, node: ir.Node, x: Affine, missing: int) -> None:
-        """Codes of zero for channels that are not there: what they meet are weights of zero."""
-        image = self._source[node.inputs[0]]
-        rank = len(image.shape)
-        pads = np.zeros(2 * rank, np.int64)
-        pads[rank + 1] = missing
-        widths = edit.add_initializer(self.model, f"{image.name}_pads", pads)
-        pad = edit.make_node(
-            self.model,
-            "Pad",
-            [self._codes[image], widths, self._parameters[image][1]],
-            name=f"{image.name}_widen",
-            origin=[node],
-        )
-        pad.outputs[0].type = ir.TensorType(ir.DataType.from_numpy(x.zero.dtype))
-        dequantize = edit.make_node(
-            self.model,
-            "DequantizeLinear",
-            [pad.outputs[0], *self._parameters[image]],
-            name=f"{image.name}_wide_dequantize",
-            origin=[node],
-        )
-        dequantize.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
-        edit.insert_before(self.model, node, [pad, dequantize])
-        edit.set_input(self.model, node, 0, dequantize.outputs[0])
 
     def _constant(self, hint: str, codes: np.ndarray, scales: np.ndarray, axis: int, node: ir.Node) -> ir.Value:
         """DequantizeLinear over constant codes."""
