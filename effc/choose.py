@@ -21,6 +21,7 @@ from effc.cost import Cost
 QUANTITIES = {"macs": "macs", "size": "weight_bytes", "speedup": "seconds", "energy": "energy"}
 JUDGED_BY = {"macs": "macs", "size": "size", "speedup": "latency", "energy": "energy"}
 GOALS = {"latency": "seconds", "size": "weight_bytes", "energy": "energy", "macs": "macs"}
+IN_WORDS = {"seconds": "predicted latency", "weight_bytes": "bytes", "energy": "energy", "macs": "multiply-accumulates"}
 ACCURACY = "accuracy"  # the goal of passes that only train
 COMPRESSED = "compressed size"  # the goal of passes that only make weights shorter to write down
 PREDICTED = ("seconds", "energy")  # 0 means: not known

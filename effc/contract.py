@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # A larger model takes seconds and memory to predict: there it is done only where latency is the goal.
 LARGE_NODES, LARGE_BYTES = 5000, 1 << 30
+DAMAGE = 0.05  # of a pass whose budget says nothing, on the scale of its proposals
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,40 @@ class Pass(ABC):
         """
         names = ("macs", "size", "speedup", "energy", "damage", "max_drop")
         return {n: value for n in names if (value := getattr(self, n, None)) is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budgeted(Pass):
+    """A pass that goes as far as a budget lets it: a share kept, a speed-up, an amount of damage, a drop of the metric.
+
+    Its options stand behind the subclass's own and are given by name.
+    """
+
+    macs: Annotated[float | None, Field(gt=0, le=1, description="share of multiply-accumulates to keep at most")] = None
+    size: Annotated[float | None, Field(gt=0, le=1, description="share of weight bytes to keep at most")] = None
+    speedup: Annotated[float | None, Field(ge=1, description="predicted latency before over after, at least")] = None
+    damage: Annotated[
+        float | None,
+        Field(gt=0, description=f"damage to do in all, on the report's scale; {DAMAGE:g} without a budget"),
+    ] = None
+    max_drop: Annotated[
+        float | None, Field(ge=0, description="points of the metric to lose at most; needs evaluation data")
+    ] = None
+
+    def budget(self) -> Mapping[str, float]:
+        """What is stated; where nothing says how far to go, `DAMAGE`."""
+        given = super().budget()
+        return given if self.bounded(given) else {**given, "damage": DAMAGE}
+
+    def bounded(self, given: Mapping[str, float]) -> bool:
+        """Whether these budgets, or options of a subclass, say how far to go; a limit on accuracy alone does not."""
+        return bool({"macs", "size", "speedup", "damage"} & given.keys())
+
+    def goal(self, context: Context) -> str:
+        """What has to fall: what the first budget is about, else what the user wants."""
+        from effc.choose import JUDGED_BY
+
+        return next((goal for name, goal in JUDGED_BY.items() if getattr(self, name, None) is not None), context.goal)
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,10 @@ def options(cls: type[Pass]) -> list[Option]:
 
 
 def _fields(cls: type) -> tuple[dataclasses.Field, ...]:
-    return dataclasses.fields(typing.cast(Any, cls))
+    """A pass's own options, then those of its bases."""
+    bases = [base for base in cls.__bases__ if dataclasses.is_dataclass(base)]
+    inherited = {f.name for base in bases for f in dataclasses.fields(base)}
+    return tuple(sorted(dataclasses.fields(typing.cast(Any, cls)), key=lambda f: f.name in inherited))
 
 
 @cache

@@ -18,8 +18,8 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from effc.choose import GOALS
-from effc.contract import Context, Pass, Proposal, Skipped
+from effc.choose import GOALS, IN_WORDS
+from effc.contract import Budgeted, Context, Proposal, Skipped
 from effc.cost import Cost
 from effc.errors import BadInput
 from effc.model import Model
@@ -42,12 +42,11 @@ METHODS: dict[str, type[Method]] = {
 }
 AUTO = ("filters", "filters-3d", "separable", "tucker", "depthwise")  # the others seldom win and take long to fit
 SAMPLES, BATCHES = 512, 2  # to fit to; batches of them to measure damage on
-DAMAGE = 0.05
 KEPT = 0.5  # of the weights, where no budget says
 
 
 @dataclass(frozen=True)
-class LowRank(Pass):
+class LowRank(Budgeted):
     """Convolutions and dense layers as chains of smaller ones."""
 
     name: ClassVar[str] = "low-rank"
@@ -71,27 +70,16 @@ class LowRank(Pass):
     min_gain: Annotated[
         float, Field(ge=1, description="how many times cheaper a layer must get, as predicted, to be rewritten")
     ] = 1.1
-    macs: Annotated[float | None, Field(gt=0, le=1, description="share of multiply-accumulates to keep at most")] = None
-    size: Annotated[float | None, Field(gt=0, le=1, description="share of weight bytes to keep at most")] = None
-    speedup: Annotated[float | None, Field(ge=1, description="predicted latency before over after, at least")] = None
-    damage: Annotated[
-        float | None, Field(gt=0, description="damage to do in all, on the report's scale; 0.05 without a budget")
-    ] = None
-    max_drop: Annotated[
-        float | None, Field(ge=0, description="points of the metric to lose at most; needs evaluation data")
-    ] = None
 
-    def budget(self) -> Mapping[str, float]:
-        given = super().budget()
-        stated = {"macs", "size", "speedup", "damage"} & given.keys() or self.relaxation is not None or self.terms
-        return given if stated else {**given, "damage": DAMAGE}
+    def bounded(self, given: Mapping[str, float]) -> bool:
+        return super().bounded(given) or self.relaxation is not None or self.terms is not None
 
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
         for name, method in (("relaxation", "tucker"), ("terms", "depthwise")):
             if getattr(self, name) is not None and self.method != method:
                 raise BadInput(f"{name}= is for method={method}, whose ranks it states; the method is {self.method}")
         shapes = sizes(model, context)
-        costs = ChainCosts(context, timed=self.speedup is not None or self._goal(context) == "latency")
+        costs = ChainCosts(context, timed=self.speedup is not None or self.goal(context) == "latency")
         planned: list[tuple[ir.Node, Cost, list[_Option]]] = []
         for node in layers(model):
             site = find(model, node, shapes)
@@ -148,7 +136,7 @@ class LowRank(Pass):
         if found:
             return found
         if offered:
-            return f"no chain is {self.min_gain:g} times cheaper in {_NAMES[quantity]} (the best: {best:.2f} times)"
+            return f"no chain is {self.min_gain:g} times cheaper in {IN_WORDS[quantity]} (the best: {best:.2f} times)"
         return "; ".join(refused) if self.method != "auto" and refused else "every chain takes more work than the layer"
 
     def _settings(self, method: Method, step: int) -> Iterator[Mapping[str, int]]:
@@ -164,11 +152,8 @@ class LowRank(Pass):
 
     def _quantity(self, context: Context, whole: Cost) -> str:
         """The quantity of `Cost` that a chain has to lower."""
-        quantity = GOALS[self._goal(context)]
+        quantity = GOALS[self.goal(context)]
         return quantity if getattr(whole, quantity) else "macs"
-
-    def _goal(self, context: Context) -> str:
-        return next((name for name in ("macs", "size") if getattr(self, name) is not None), context.goal)
 
     def _kept(self) -> float:
         """The share of the weights that other layers will about have left, when their chains run beside this one's."""
@@ -210,9 +195,6 @@ class LowRank(Pass):
                 here.release(site.input)
             put(model, site, factors, bias if site.biased else None)
             advance(1)
-
-
-_NAMES = {"seconds": "predicted latency", "weight_bytes": "bytes", "energy": "energy", "macs": "multiply-accumulates"}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from effc import edit
-from effc.choose import GOALS, JUDGED_BY, QUANTITIES, unreached
-from effc.contract import Context, Pass, Proposal, Skipped
+from effc.choose import GOALS, QUANTITIES, unreached
+from effc.contract import Budgeted, Context, Proposal, Skipped
 from effc.cost import Cost
 from effc.model import Model
 
@@ -24,33 +24,21 @@ from ._behind import refit_behind
 from ._block_order import levelled, order
 from ._blocks import Block, blocks, drop
 
-DAMAGE = 0.05  # without a budget
 MOST = 2.0  # nats: what is left of a model that lost so much is no start for anything
 FITTED = 0.35  # of a branch's damage, what fitting leaves: by trial, 0.3 to 0.4 of it on residual networks
 
 
 @dataclass(frozen=True)
-class PruneBlocks(Pass):
+class PruneBlocks(Budgeted):
     """Residual branches, dropped as a whole."""
 
     name: ClassVar[str] = "prune-blocks"
 
     count: Annotated[int | None, Field(ge=1, description="branches to drop, at most")] = None
     correct: Annotated[bool, Field(description="fit the layers behind to what they made in the original")] = True
-    macs: Annotated[float | None, Field(gt=0, le=1, description="share of multiply-accumulates to keep at most")] = None
-    size: Annotated[float | None, Field(gt=0, le=1, description="share of weight bytes to keep at most")] = None
-    speedup: Annotated[float | None, Field(ge=1, description="predicted latency before over after, at least")] = None
-    damage: Annotated[
-        float | None, Field(gt=0, description="damage to do in all, on the report's scale; 0.05 without a budget")
-    ] = None
-    max_drop: Annotated[
-        float | None, Field(ge=0, description="points of the metric to lose at most; needs evaluation data")
-    ] = None
 
-    def budget(self) -> Mapping[str, float]:
-        given = super().budget()
-        stated = {"macs", "size", "speedup", "damage"} & given.keys() or (self.count is not None and not given)
-        return given if stated else {**given, "damage": DAMAGE}
+    def bounded(self, given: Mapping[str, float]) -> bool:
+        return super().bounded(given) or (self.count is not None and not given)
 
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
         found: list[Block] = []
@@ -65,7 +53,7 @@ class PruneBlocks(Pass):
             return
         total = context.costs(model).total
         before = {block.name: context.cost_of(model, _names(block)) for block in found}
-        quantity = GOALS[self._goal(context)]
+        quantity = GOALS[self.goal(context)]
         if not all(getattr(cost, quantity) for cost in before.values()):
             quantity = "macs"
 
@@ -89,9 +77,6 @@ class PruneBlocks(Pass):
         yield from (replace(p, damage=damage) for p, damage in zip(taken, damages, strict=True))
         said = f"{len(taken)} other branches hurt less" if len(taken) > 1 else "another branch hurts less"
         yield from (Skipped(block.name, f"{said}, and are enough") for block in found if block.name not in gone)
-
-    def _goal(self, context: Context) -> str:
-        return next((JUDGED_BY[name] for name in QUANTITIES if name in self.budget()), context.goal)
 
     def _enough(self, taken: Sequence[Proposal], total: Cost) -> bool:
         """Whether what was taken fills the budget, or no budget can want more."""

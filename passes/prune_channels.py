@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from effc.choose import GOALS, QUANTITIES
-from effc.contract import Context, Pass, Proposal, Skipped
+from effc.contract import Budgeted, Context, Proposal, Skipped
 from effc.cost import Cost
 from effc.errors import BadInput
 from effc.model import Model
@@ -30,11 +30,9 @@ from ._unit_order import Order, by_reconstruction
 from ._unit_saliency import by_saliency
 from ._widths import Coupled, Widths, less, prunable
 
-DAMAGE = 0.05
-
 
 @dataclass(frozen=True)
-class PruneChannels(Pass):
+class PruneChannels(Budgeted):
     """Channels that are coupled, removed together."""
 
     name: ClassVar[str] = "prune-channels"
@@ -57,19 +55,6 @@ class PruneChannels(Pass):
         int | None, Field(ge=1, description="units left are multiples of it; None: as kernels like")
     ] = None
     most: Annotated[float, Field(gt=0, lt=1, description="share of the units of a group to remove at most")] = 0.9
-    macs: Annotated[float | None, Field(gt=0, le=1, description="share of multiply-accumulates to keep at most")] = None
-    size: Annotated[float | None, Field(gt=0, le=1, description="share of weight bytes to keep at most")] = None
-    speedup: Annotated[float | None, Field(ge=1, description="predicted latency before over after, at least")] = None
-    damage: Annotated[
-        float | None, Field(gt=0, description="damage to do in all, on the report's scale; 0.05 without a budget")
-    ] = None
-    max_drop: Annotated[
-        float | None, Field(ge=0, description="points of the metric to lose at most; needs evaluation data")
-    ] = None
-
-    def budget(self) -> Mapping[str, float]:
-        given = super().budget()
-        return given if {"macs", "size", "speedup", "damage"} & given.keys() else {**given, "damage": DAMAGE}
 
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
         if context.calibration is None and not QUANTITIES.keys() & self.budget().keys():
@@ -126,8 +111,7 @@ class PruneChannels(Pass):
 
     def _quantity(self, model: Model, context: Context) -> str:
         """The attribute of `Cost` that is saved."""
-        stated = next((n for n in ("macs", "size", "speedup") if getattr(self, n) is not None), None)
-        quantity = QUANTITIES[stated] if stated else GOALS[context.goal]
+        quantity = GOALS[self.goal(context)]
         return quantity if getattr(context.costs(model).total, quantity) else "macs"
 
     def _multiple(self, group: Coupled, quantity: str) -> int:

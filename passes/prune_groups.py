@@ -19,8 +19,8 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from effc.choose import GOALS
-from effc.contract import Context, Pass, Proposal, Skipped
+from effc.choose import GOALS, IN_WORDS
+from effc.contract import Budgeted, Context, Proposal, Skipped
 from effc.cost import Cost
 from effc.layers import constant_weight
 from effc.model import Model
@@ -36,13 +36,12 @@ from ._split_damage import USUAL, sensitivity, worth
 from ._weight_saliency import curvature
 
 SAMPLES, BATCHES = 512, 2  # to fit to; batches of them to measure damage on
-DAMAGE = 0.05
 SHARES = {"channels": (0.75, 0.625, 0.5, 0.375, 0.25), "taps": (0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05)}  # kept
 STEP = 8  # channels are kept in multiples of it
 
 
 @dataclass(frozen=True)
-class PruneGroups(Pass):
+class PruneGroups(Budgeted):
     """Groups of a convolution's weights, removed for all filters alike."""
 
     name: ClassVar[str] = "prune-groups"
@@ -58,23 +57,10 @@ class PruneGroups(Pass):
     min_gain: Annotated[
         float, Field(ge=1, description="how many times cheaper a layer must get, as predicted, to be rewritten")
     ] = 1.1
-    macs: Annotated[float | None, Field(gt=0, le=1, description="share of multiply-accumulates to keep at most")] = None
-    size: Annotated[float | None, Field(gt=0, le=1, description="share of weight bytes to keep at most")] = None
-    speedup: Annotated[float | None, Field(ge=1, description="predicted latency before over after, at least")] = None
-    damage: Annotated[
-        float | None, Field(gt=0, description="damage to do in all, on the report's scale; 0.05 without a budget")
-    ] = None
-    max_drop: Annotated[
-        float | None, Field(ge=0, description="points of the metric to lose at most; needs evaluation data")
-    ] = None
-
-    def budget(self) -> Mapping[str, float]:
-        given = super().budget()
-        return given if {"macs", "size", "speedup", "damage"} & given.keys() else {**given, "damage": DAMAGE}
 
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
         shapes = sizes(model, context)
-        costs = FormCosts(context, timed=self.speedup is not None or self._goal(context) == "latency")
+        costs = FormCosts(context, timed=self.speedup is not None or self.goal(context) == "latency")
         planned: list[tuple[ir.Node, Cost, list[_Option]]] = []
         for node in model.nodes("Conv"):
             site = find(model, node, shapes)
@@ -111,7 +97,7 @@ class PruneGroups(Pass):
         if isinstance(place, str):
             return place
         whole = costs.of(site, place, "", None)
-        quantity = GOALS[self._goal(context)]
+        quantity = GOALS[self.goal(context)]
         quantity = quantity if getattr(whole, quantity) else "macs"
         found, best = [], (0.0, "")
         for form, settings, kept in self._candidates(site, model):
@@ -126,7 +112,7 @@ class PruneGroups(Pass):
             kernel = " x ".join(map(str, site.layer.kernel))
             return f"none of the forms {', '.join(self.forms)} is there for a {kernel} kernel at opset {model.opset}"
         said = f"the best, {best[1]}: {best[0]:.2f} times"
-        return f"no form is {self.min_gain:g} times cheaper in {_NAMES[quantity]} ({said})"
+        return f"no form is {self.min_gain:g} times cheaper in {IN_WORDS[quantity]} ({said})"
 
     def _candidates(self, site: Site, model: Model) -> Iterator[tuple[str, list[dict], np.ndarray]]:
         """Forms, alike in cost: their settings, and one set of groups to know the cost by."""
@@ -178,9 +164,6 @@ class PruneGroups(Pass):
             worth_of = 0.5 * (h * squares).reshape(layer.outputs, -1).sum(axis=0)
         seed = context.seed, zlib.crc32(site.name.encode())
         return groups.order(self.saliency, parts, least, worth_of, seed), parts
-
-    def _goal(self, context: Context) -> str:
-        return next((name for name in ("macs", "size") if getattr(self, name) is not None), context.goal)
 
     def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
         there = {node.name for node in model.nodes("Gather")}
@@ -235,9 +218,6 @@ class PruneGroups(Pass):
         if seen is not None:
             weights, bias = refit(layer, seen, kept, nonlinear=self.nonlinear)
         emit(model, site, setting["form"], kept, weights, bias if site.biased else None)
-
-
-_NAMES = {"seconds": "predicted latency", "weight_bytes": "bytes", "energy": "energy", "macs": "multiply-accumulates"}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import effc.predict
 from effc import edit, recipe, statistics
 from effc.calls import parse
 from effc.capture import from_proto
-from effc.contract import Context, Pass, Proposal, Repeat, no_progress
+from effc.contract import DAMAGE, Budgeted, Context, Pass, Proposal, Repeat, no_progress
 from effc.cost import Cost
 from effc.data import open_data
 from effc.errors import BadInput, EffcError
@@ -23,8 +23,8 @@ from tests import networks
 
 
 @dataclass(frozen=True)
-class Budgeted(Pass):
-    name: ClassVar[str] = "budgeted"
+class Shares(Pass):
+    name: ClassVar[str] = "shares"
     macs: float | None = None
     speedup: float | None = None
     energy: float | None = None
@@ -39,14 +39,42 @@ class Budgeted(Pass):
 
 
 def test_a_budget_is_what_was_given_under_the_shared_names():
-    assert Budgeted().budget() == {}
-    assert Budgeted(macs=0.5, rank=4).budget() == {"macs": 0.5}
-    assert Budgeted(max_drop=0.0).budget() == {"max_drop": 0.0}  # no drop at all is a budget too
-    assert Budgeted(speedup=2.0, energy=0.5).budget() == {"speedup": 2.0, "energy": 0.5}
+    assert Shares().budget() == {}
+    assert Shares(macs=0.5, rank=4).budget() == {"macs": 0.5}
+    assert Shares(max_drop=0.0).budget() == {"max_drop": 0.0}  # no drop at all is a budget too
+    assert Shares(speedup=2.0, energy=0.5).budget() == {"speedup": 2.0, "energy": 0.5}
+
+
+@dataclass(frozen=True)
+class Narrow(Budgeted):
+    name: ClassVar[str] = "narrow"
+    rank: int | None = None
+
+    def bounded(self, given):
+        return super().bounded(given) or self.rank is not None
+
+    def propose(self, model, context):
+        yield from ()
+
+    def rewrite(self, model, chosen, context):
+        return None
+
+
+def test_a_pass_with_a_budget_does_so_much_damage_where_nothing_says_how_far_to_go():
+    assert Narrow().budget() == {"damage": DAMAGE}
+    assert Narrow(max_drop=1.0).budget() == {"max_drop": 1.0, "damage": DAMAGE}
+    assert Narrow(rank=3).budget() == {}
+    assert Narrow(damage=0.2).budget() == {"damage": 0.2} and Narrow(size=0.5).budget() == {"size": 0.5}
+
+
+def test_options_of_a_base_stand_behind_the_pass_s_own():
+    names = [option.name for option in recipe.options(Narrow)]
+    assert names == ["rank", "macs", "size", "speedup", "damage", "max_drop"]
+    assert Narrow(3) == Narrow(rank=3)
 
 
 def test_a_pass_and_a_proposal_cannot_be_changed():
-    step: Any = Budgeted()
+    step: Any = Shares()
     proposal: Any = Proposal("a")
     with pytest.raises(dataclasses.FrozenInstanceError):
         step.macs = 0.5
@@ -80,7 +108,7 @@ def test_repeat_takes_whole_rounds(steps):
 def test_repeat_itself_proposes_and_changes_nothing():
     model = from_proto(networks.plain())
     revision, context = model.revision, cast(Context, None)
-    step = Repeat(steps=2, passes=(Budgeted(),))
+    step = Repeat(steps=2, passes=(Shares(),))
     assert list(step.propose(model, context)) == []
     step.rewrite(model, [], context)
     assert model.revision == revision
@@ -106,6 +134,13 @@ def runs(monkeypatch) -> list[list]:
 
     monkeypatch.setattr(statistics, "collect", counted)
     return made
+
+
+def test_a_pass_with_a_budget_goes_by_what_the_first_is_about(context):
+    context.goal = "energy"
+    goals = [Narrow(**given).goal(context) for given in ({}, {"damage": 1.0}, {"speedup": 2.0, "size": 0.5})]
+    assert goals == ["energy", "energy", "size"]
+    assert Narrow(speedup=2.0).goal(context) == "latency"
 
 
 def test_statistics_are_those_of_the_data(context):
