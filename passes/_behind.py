@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection
 
 import onnx_ir as ir
 
 from effc.contract import Context
 from effc.model import Model
-from effc.walk import Walk, samples
 
-from ._observed import observe, sizes
+from ._observed import in_order, sizes
 from ._reconstruction import refit
 from ._refit import renew
 from ._sites import Site, find, layers
@@ -35,22 +33,9 @@ def refit_behind(model: Model, changed: Collection[ir.Node], context: Context) -
             found.append(site.outline())
     if not found:
         return 0
-    feeds = samples(model, context.calibration, SAMPLES)
-    reads = Counter(site.input for site in found)
-    here = Walk(model, context.backend, feeds, threads=context.threads, keep=reads)
-    there = Walk(context.original, context.backend, feeds, threads=context.threads, keep={s.end for s in found})
-    advance = context.progress("fitting layers behind", len(found))
-    for outline in found:
-        site = find(model, outline.node, shapes)
-        assert isinstance(site, Site), site
-        matrix, bias = refit(site.layer, observe(site, here, there, seed=context.seed))
-        here.forget(site.output)
-        there.release(site.end)
-        reads[site.input] -= 1
-        if not reads[site.input]:
-            here.release(site.input)
-        renew(model, site, matrix, bias)
-        advance(1)
+    what, aim = "fitting layers behind", context.original
+    for site, seen in in_order(model, found, shapes, context, what, aim=aim, samples=SAMPLES):
+        renew(model, site, *refit(site.layer, seen))
     return len(found)
 
 

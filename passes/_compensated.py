@@ -10,15 +10,16 @@ import onnx_ir as ir
 
 from effc import edit
 from effc.contract import Context
-from effc.layers import bias_array, bias_value, output_axis
+from effc.layers import bias_array, output_axis
 from effc.model import Model
 from effc.walk import Walk, samples
 
 from ._compensation import BLOCK, compensate, in_turn, lost
-from ._observed import _inputs, sizes
+from ._observed import met, sizes
 from ._prunable import Prunable, best_of, fewest
 from ._reconstruction import WIDEST, metric
-from ._sites import Site, find, stored
+from ._refit import set_bias
+from ._sites import Site, find, known, stored
 
 SAMPLES = 512
 Rule = Callable[[np.ndarray, np.ndarray], np.ndarray]  # scores of a block of columns, what may stay -> what stays
@@ -54,8 +55,7 @@ def prune(
             skipped[p.site] = outline
             edit.set_initializer(model, p.value, np.where(masks[p.site], p.weight, 0).astype(p.weight.dtype))
         else:
-            site = find(model, p.nodes[0], shapes)
-            assert isinstance(site, Site), site
+            site = known(model, p.nodes[0], shapes)
             errors[p.site] = _fit(model, p, site, masks[p.site], rules.get(p.site), walk, context)
             reads[site.input] -= 1
             if not reads[site.input]:
@@ -66,7 +66,7 @@ def prune(
     return errors, skipped
 
 
-def _site(model: Model, p: Prunable, shapes: dict[str, tuple | None]) -> Site | str:
+def _site(model: Model, p: Prunable, shapes: Mapping[str, tuple | None]) -> Site | str:
     if len(p.nodes) > 1:
         return "several layers share its weight"
     found = find(model, p.nodes[0], shapes)
@@ -81,7 +81,7 @@ def _fit(
 ) -> float:
     """Prune one layer; what it loses of its power."""
     node = site.node
-    patches = _inputs(site, walk, context.seed)
+    patches = met(site, walk, context.seed)
     beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
     biased = node.op_type != "MatMul" and beta != 0  # a bias makes up for means
     mean = patches.mean(axis=0, dtype=np.float64) * biased
@@ -98,7 +98,8 @@ def _fit(
     zeros = stored(site, mask.reshape(shape) * site.scale[:, None, None, None]) == 0
     edit.set_initializer(model, p.value, np.where(zeros, 0, weight).astype(p.weight.dtype))
     if biased:
-        _shift(model, node, (whole - made) @ mean, beta)
+        before = bias_array(model, node, len(made))
+        set_bias(model, node, (0 if before is None else before) + (whole - made) @ mean)
     return lost(whole, made, spread)
 
 
@@ -138,15 +139,3 @@ def n_of_m(n: int, m: int) -> Rule:
     """All but n of every m columns go; m divides `BLOCK`."""
     assert BLOCK % m == 0
     return lambda scores, able: best_of(np.where(able, scores, -1.0), 1, n, m) & able
-
-
-def _shift(model: Model, node: ir.Node, shift: np.ndarray, beta: float) -> None:
-    """Add to the bias of a layer; it is given one where it has none."""
-    value = bias_value(node)
-    before = bias_array(model, node, len(shift))
-    bias = ((0 if before is None else before) + shift) / beta
-    if value is not None and value.is_initializer() and len(value.uses()) == 1 and value.const_value.size == bias.size:
-        old = value.const_value.numpy()
-        edit.set_initializer(model, value, bias.astype(old.dtype).reshape(old.shape))
-    else:
-        edit.set_input(model, node, 2, edit.add_initializer(model, f"{node.name}_bias", bias.astype(np.float32)))

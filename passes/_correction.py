@@ -6,7 +6,6 @@ were pruned before it; what is lost of an output counts as often as the activati
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,10 +16,9 @@ from effc import edit
 from effc.channels import channels
 from effc.contract import Context
 from effc.model import Model
-from effc.walk import Walk, samples
 
 from ._elimination import Reader, eliminate
-from ._observed import aims, observe
+from ._observed import aims, in_order
 from ._reconstruction import WIDEST, Seen, metric, refit, regression
 from ._refit import renew
 from ._sites import Site, find
@@ -59,31 +57,21 @@ class Correction:
             return
         order = list(self.model.nodes(*LAYERS))
         behind = order[order.index(reading[0]) :]
-        sites = {node: find(self.model, node, dict(self.shapes)) for node in behind}
+        sites = {node: find(self.model, node, self.shapes) for node in behind}
         for node in reading:
             if isinstance(sites[node], str):
                 _mute(self.model, node, np.concatenate(list(self.gone.values())))
         outlines = [site.outline() for site in sites.values() if isinstance(site, Site)]
-        feeds = samples(self.model, context.calibration, SAMPLES)
-        reads = Counter(site.input for site in outlines)
-        aim = aims(self.model, context, outlines)
-        here = Walk(self.model, context.backend, feeds, threads=context.threads, keep=reads)
-        there = Walk(aim, context.backend, feeds, threads=context.threads, keep={site.end for site in outlines})
-        advance = context.progress("fitting layers behind pruned channels", len(outlines))
-        for outline in outlines:
-            site = find(self.model, outline.node, dict(self.shapes))
-            seen = observe(site, here, there, seed=context.seed, most=POSITIONS)
+        fitting = in_order(
+            self.model, outlines, self.shapes, context, "fitting layers behind pruned channels",
+            aim=aims(self.model, context, outlines), samples=SAMPLES, most=POSITIONS,
+        )  # fmt: skip
+        for site, seen in fitting:
             kept = self._kept(site, seen)
             matrix, bias = refit(site.layer, seen, np.flatnonzero(kept), nonlinear=self.nonlinear)
             whole = np.zeros(site.layer.matrix.shape)
             whole[:, kept] = matrix
             renew(self.model, site, whole, bias)
-            here.forget(site.output)
-            there.release(site.end)
-            reads[site.input] -= 1
-            if not reads[site.input]:
-                here.release(site.input)
-            advance(1)
 
     def _reading(self) -> list[ir.Node]:
         """The layers that read what is to go, in order."""

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from effc.contract import Context
 from effc.model import Model
-from effc.walk import Walk, samples
+from effc.walk import Walk
+from effc.walk import samples as drawn
 
 from ._factors import Layer
 from ._reconstruction import WIDEST, Seen, metric
-from ._sites import Site, layers
+from ._sites import Site, known, layers
 
 SAMPLES, EACH = 12_288, 8  # of one layer; more if that is fewer than so many for each number of a patch
 MOST_NUMBERS = 40_000_000  # in all patches of one layer
@@ -39,16 +41,57 @@ def observe(site: Site, here: Walk, there: Walk, *, seed: int = 0, most: int | N
     return Seen(patches, outputs, others, site.low, site.high, site.biased)
 
 
+def in_order(
+    model: Model,
+    outlines: Sequence[Site],
+    shapes: Mapping[str, tuple | None],
+    context: Context,
+    what: str,
+    *,
+    aim: Model,
+    samples: int,
+    most: int | None = None,
+    asymmetric: bool = True,
+) -> Iterator[tuple[Site, Seen]]:
+    """Layers one after another, with what each meets behind those before it and what it made in another model.
+
+    Whoever asks rewrites a layer before it asks for the next.
+
+    Args:
+        outlines: the layers, in the model's order.
+        what: told while it goes on.
+        aim: the model that says what should come out.
+        samples: at most.
+        most: see `observe`.
+        asymmetric: else a layer meets what it meets there, as if nothing before it had changed.
+    """
+    feeds = drawn(model, context.calibration, samples)
+    reads = Counter(site.input for site in outlines)
+    here = Walk(model, context.backend, feeds, threads=context.threads, keep=reads)
+    there = Walk(aim, context.backend, feeds, threads=context.threads, keep={site.end for site in outlines})
+    advance = context.progress(what, len(outlines))
+    for outline in outlines:
+        site = known(model, outline.node, shapes)
+        seen = observe(site, here if asymmetric else there, there, seed=context.seed, most=most)
+        here.forget(site.output)
+        there.release(site.end)
+        reads[site.input] -= 1
+        if not reads[site.input]:
+            here.release(site.input)
+        yield site, seen
+        advance(1)
+
+
 def sizes(model: Model, context: Context) -> dict[str, tuple | None]:
     """Shapes of all tensors; what layers read and inference does not know is seen on a sample, if there are any."""
-    known = dict(model.shapes(context.batch, context.dims))
+    found = dict(model.shapes(context.batch, context.dims))
     read = {node.inputs[0].name for node in layers(model)}
-    missing = [name for name in read if not _fixed(known.get(name))]
+    missing = [name for name in read if not _fixed(found.get(name))]
     if missing and context.calibration is not None:
-        feeds = samples(model, context.calibration, context.batch or 1)[:1]
+        feeds = drawn(model, context.calibration, context.batch or 1)[:1]
         for name, value in Walk(model, context.backend, feeds, keep=missing).to(*missing)[0].items():
-            known[name] = value.shape
-    return known
+            found[name] = value.shape
+    return found
 
 
 def _fixed(shape: tuple | None) -> bool:
@@ -70,14 +113,14 @@ def moments(site: Site, walk: Walk, context: Context) -> tuple[np.ndarray, np.nd
     computed once for a state of the model, and then known to whoever asks, as long as all take `KEPT` bytes at most.
     """
     digest = None if context.calibration is None else context.calibration.digest
-    known = walk.model.cached(("moments", digest, context.seed), dict, for_clones=True)
-    if site.name in known:
-        return known[site.name]
-    patches = _inputs(site, walk, context.seed)
+    held = walk.model.cached(("moments", digest, context.seed), dict, for_clones=True)
+    if site.name in held:
+        return held[site.name]
+    patches = met(site, walk, context.seed)
     mean = patches.mean(axis=0, dtype=np.float64) * site.biased
     found = mean, None if len(mean) > WIDEST else metric(patches, mean)[0]
-    if sum(_bytes(each) for each in known.values()) + _bytes(found) <= KEPT:
-        known[site.name] = found
+    if sum(_bytes(each) for each in held.values()) + _bytes(found) <= KEPT:
+        held[site.name] = found
     return found
 
 
@@ -85,8 +128,8 @@ def _bytes(arrays: Sequence[np.ndarray | None]) -> int:
     return sum(array.nbytes for array in arrays if array is not None)
 
 
-def _inputs(site: Site, walk: Walk, seed: int) -> np.ndarray:
-    """Patches [S, C kh kw] that a layer meets."""
+def met(site: Site, walk: Walk, seed: int) -> np.ndarray:
+    """Patches [S, C kh kw] that a layer meets, as many as `observe` looks at."""
     found = [batch[site.input] for batch in walk.to(site.input)]
     rng = np.random.default_rng(seed)
     counts = [_positions(site, x) for x in found]
@@ -132,5 +175,5 @@ def _windows(layer: Layer, images: np.ndarray) -> np.ndarray:
 
 
 def _joined(parts: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    known = [part for part in parts if part is not None]
-    return np.concatenate(known).astype(np.float32, copy=False) if known else None
+    there = [part for part in parts if part is not None]
+    return np.concatenate(there).astype(np.float32, copy=False) if there else None

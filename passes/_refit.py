@@ -24,25 +24,32 @@ def renew(model: Model, site: Site, matrix: np.ndarray, bias: np.ndarray) -> Non
     if not site.biased:
         return
     own = (bias - site.shift) / site.scale
-    dtype = node.inputs[1].const_value.numpy().dtype
     held = bias_value(node)
     norm = next((n for n in node.outputs[0].consumers() if n.op_type == "BatchNormalization"), None)
     if site.adding is not None:
-        set_added(model, site, own.astype(dtype))
+        set_added(model, site, own.astype(node.inputs[1].const_value.numpy().dtype))
     elif held is None and norm is not None and (site.shift != 0).any():
         before = model.constant(norm.inputs[2])
-        _give(model, norm, 2, (before + own * site.scale).astype(before.dtype), f"{norm.name}_bias")
+        set_bias(model, norm, before + own * site.scale)
     else:
-        beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
-        _give(model, node, 2, (own / (beta or 1.0)).astype(dtype), f"{node.name}_bias")
-        if beta == 0:
-            edit.set_attributes(model, node, beta=1.0)
+        set_bias(model, node, own)
 
 
-def _give(model: Model, node: ir.Node, index: int, numbers: np.ndarray, hint: str) -> None:
-    """Numbers for one input of a node, under the name of its weight where it alone reads it."""
-    value = node.inputs[index] if len(node.inputs) > index else None
+def set_bias(model: Model, node: ir.Node, bias: np.ndarray) -> None:
+    """Let a convolution, a Gemm or a batch norm add this to its outputs.
+
+    It keeps the name of the bias where this node alone reads one. Gemm's beta counts; where it is 0 it becomes 1.
+
+    Args:
+        bias: [N].
+    """
+    beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
+    numbers = (bias / (beta or 1.0)).astype(node.inputs[1].const_value.numpy().dtype)
+    value = node.inputs[2] if len(node.inputs) > 2 else None
     if value is not None and value.is_initializer() and len(value.uses()) == 1:
-        edit.set_initializer(model, value, numbers)
+        shape = value.const_value.shape if value.const_value.size == numbers.size else numbers.shape
+        edit.set_initializer(model, value, numbers.reshape(shape))
     else:
-        edit.set_input(model, node, index, edit.add_initializer(model, hint, numbers))
+        edit.set_input(model, node, 2, edit.add_initializer(model, f"{node.name}_bias", numbers))
+    if beta == 0:
+        edit.set_attributes(model, node, beta=1.0)

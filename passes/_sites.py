@@ -6,7 +6,7 @@ out there is what later layers see, and what an approximation should keep.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -77,7 +77,7 @@ class Site:
         return replace(self, layer=replace(self.layer, weight=blank(*self.layer.weight.shape)))
 
 
-def find(model: Model, node: ir.Node, shapes: dict[str, tuple | None]) -> Site | str:
+def find(model: Model, node: ir.Node, shapes: Mapping[str, tuple | None]) -> Site | str:
     """A layer as a site, or why it is none."""
     weight = constant_weight(node)
     if weight is None:
@@ -110,6 +110,13 @@ def find(model: Model, node: ir.Node, shapes: dict[str, tuple | None]) -> Site |
     return Site(node, scaled, scale, shift, bias, end.name or "", added, low, high, adding)
 
 
+def known(model: Model, node: ir.Node, shapes: Mapping[str, tuple | None]) -> Site:
+    """A layer that was found before, weights and all; of all layers at once these would take much memory."""
+    site = find(model, node, shapes)
+    assert isinstance(site, Site), site
+    return site
+
+
 def _no_weight(node: ir.Node) -> str:
     maker = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] is not None else None
     if maker is None:
@@ -120,7 +127,7 @@ def _no_weight(node: ir.Node) -> str:
     return f"its weight is made by {maker.op_type}, not a constant{hint}"
 
 
-def _convolution(node: ir.Node, weight: np.ndarray, shapes: dict[str, tuple | None]) -> Layer | str:
+def _convolution(node: ir.Node, weight: np.ndarray, shapes: Mapping[str, tuple | None]) -> Layer | str:
     groups, spatial = node.attributes.get_int("group", 1), weight.ndim - 2
     if groups > 1 and weight.shape[1] == 1:
         return "it is depthwise: each channel has a filter of its own, and there is nothing to share"
@@ -150,7 +157,7 @@ def _dense(node: ir.Node, weight: np.ndarray) -> Layer | str:
     return Layer(alpha * matrix.astype(np.float64)[:, :, None, None])
 
 
-def _adding(model: Model, node: ir.Node, outputs: int, shapes: dict[str, tuple | None]) -> ir.Node | None:
+def _adding(model: Model, node: ir.Node, outputs: int, shapes: Mapping[str, tuple | None]) -> ir.Node | None:
     """The Add that alone reads a MatMul and adds one constant to each of its outputs."""
     reader = _only_reader(node.outputs[0]) if node.op_type == "MatMul" else None
     if reader is None or reader.op_type != "Add":
@@ -182,7 +189,7 @@ def _plain(out: ir.Value, outputs: int) -> tuple[np.ndarray, np.ndarray, ir.Valu
     return np.ones(outputs), np.zeros(outputs), out
 
 
-def _sum(end: ir.Value, shapes: dict[str, tuple | None]) -> tuple[str | None, ir.Value]:
+def _sum(end: ir.Value, shapes: Mapping[str, tuple | None]) -> tuple[str | None, ir.Value]:
     """What a sum adds to a tensor that nothing else reads, and the sum."""
     reader = _only_reader(end)
     if reader is None or reader.op_type != "Add":

@@ -84,7 +84,7 @@ class _Weighed(Reader):
 def _observed(
     model: Model, node: ir.Node, shapes: Mapping, walk: Walk, reference: Sequence[Values], context: Context
 ) -> _Weighed:
-    site = find(model, node, dict(shapes))
+    site = find(model, node, shapes)
     if isinstance(site, str):
         matrix = input_matrix(model, node)
         return _Weighed(matrix, np.ones(matrix.shape[1]), ())

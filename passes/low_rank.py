@@ -9,7 +9,6 @@ what the original makes from what it gets itself (`_reconstruction`).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
@@ -30,10 +29,10 @@ from ._cp import CP
 from ._decoupled import Decoupled
 from ._factors import Method
 from ._filters import Filters, Filters3d
-from ._observed import aims, moments, observe, sizes
+from ._observed import aims, in_order, moments, sizes
 from ._reconstruction import reconstruct
 from ._separable import Separable, SeparableBasis
-from ._sites import Site, find, layers, put
+from ._sites import Site, find, known, layers, put
 from ._split_damage import USUAL, sensitivity, worth
 from ._tucker import Tucker
 
@@ -87,8 +86,8 @@ class LowRank(Budgeted):
             if isinstance(found, str):
                 yield Skipped(node.name, found)
             else:
-                known = context.cost_of(model, [node.name])
-                planned.append((node, known if known.macs else found[0].whole, found))
+                own = context.cost_of(model, [node.name])
+                planned.append((node, own if own.macs else found[0].whole, found))
         walk, reference = None, []
         if context.calibration is not None and planned:
             feeds = samples(model, context.calibration, SAMPLES)
@@ -96,7 +95,7 @@ class LowRank(Budgeted):
             reference = walk.fork(BATCHES).outputs()
         advance = context.progress("weighing low-rank chains", len(planned))
         for node, before, options in planned:
-            site = _site(model, node, shapes)
+            site = known(model, node, shapes)
             price, mean, covariance = 1.0, None, None
             if walk is not None:
                 mean, covariance = moments(site, walk, context)
@@ -172,29 +171,19 @@ class LowRank(Budgeted):
         nodes = [node for node in layers(model) if node.name in settings]
         if context.calibration is None:
             for node in nodes:
-                site = _site(model, node, shapes)
+                site = known(model, node, shapes)
                 method, setting = _method(settings[site.name])
                 put(model, site, method(site.layer, None, context.seed).fit(setting), None)
             return
-        outlines = [_site(model, node, shapes).outline() for node in nodes]
-        aim = aims(model, context, outlines)
-        feeds = samples(model, context.calibration, SAMPLES)
-        reads = Counter(site.input for site in outlines)
-        here = Walk(model, context.backend, feeds, threads=context.threads, keep=reads)
-        there = Walk(aim, context.backend, feeds, threads=context.threads, keep={site.end for site in outlines})
-        advance = context.progress("fitting low-rank chains", len(nodes))
-        for node in nodes:
-            site = _site(model, node, shapes)
-            seen = observe(site, here if self.asymmetric else there, there, seed=context.seed)
+        outlines = [known(model, node, shapes).outline() for node in nodes]
+        fitting = in_order(
+            model, outlines, shapes, context, "fitting low-rank chains",
+            aim=aims(model, context, outlines), samples=SAMPLES, asymmetric=self.asymmetric,
+        )  # fmt: skip
+        for site, seen in fitting:
             method, setting = _method(settings[site.name])
             factors, bias = reconstruct(site.layer, method, setting, seen, nonlinear=self.nonlinear, seed=context.seed)
-            here.forget(site.output)
-            there.release(site.end)
-            reads[site.input] -= 1
-            if not reads[site.input]:
-                here.release(site.input)
             put(model, site, factors, bias if site.biased else None)
-            advance(1)
 
 
 @dataclass(frozen=True)
@@ -236,13 +225,6 @@ def _errors(site: Site, options: Sequence[_Option], covariance: np.ndarray | Non
         errors = method.errors([options[index].ranks for index in own])
         found |= zip(own, errors, strict=True)
     return [found[index] for index in range(len(options))]
-
-
-def _site(model: Model, node: ir.Node, shapes: dict[str, tuple | None]) -> Site:
-    """A layer that was found to be one before, weights and all; of all layers at once these would take much memory."""
-    site = find(model, node, shapes)
-    assert isinstance(site, Site), site
-    return site
 
 
 def _method(setting: Mapping[str, int | str]) -> tuple[type[Method], dict[str, int]]:

@@ -10,7 +10,6 @@ make up for, and their weights by least squares, inputs from the pruned prefix, 
 from __future__ import annotations
 
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
@@ -29,9 +28,9 @@ from effc.walk import Walk, samples
 from ._form_costs import FormCosts, place_of, scaled
 from ._forms import OPSET, by_tap, columns, emit, of_channels, settle
 from ._group_saliency import Groups, Saliency, kept_of, windows
-from ._observed import moments, observe, sizes
+from ._observed import aims, in_order, moments, sizes
 from ._reconstruction import WIDEST, Seen, metric, refit, regression
-from ._sites import Site, find
+from ._sites import Site, find, known
 from ._split_damage import USUAL, sensitivity, worth
 from ._weight_saliency import curvature
 
@@ -76,7 +75,7 @@ class PruneGroups(Budgeted):
             reference = walk.fork(BATCHES).outputs()
         advance = context.progress("weighing groups of weights", len(planned))
         for node, before, options in planned:
-            site = _site(model, node, shapes)
+            site = known(model, node, shapes)
             mean, covariance = (None, None) if walk is None else moments(site, walk, context)
             found = self._weighed(site, options, covariance, model, context)
             price = 1.0
@@ -176,27 +175,15 @@ class PruneGroups(Budgeted):
         nodes = [node for node in model.nodes("Conv") if node.name in settings]
         if context.calibration is None:
             for node in nodes:
-                self._replace(model, _site(model, node, shapes), settings[node.name], None, context)
+                self._replace(model, known(model, node, shapes), settings[node.name], None, context)
             return
-        outlines = [_site(model, node, shapes).outline() for node in nodes]
-        aim = context.original if _same(model, context.original, outlines) else model.clone()
-        feeds = samples(model, context.calibration, SAMPLES)
-        reads = Counter(site.input for site in outlines)
-        here = Walk(model, context.backend, feeds, threads=context.threads, keep=reads)
-        there = Walk(aim, context.backend, feeds, threads=context.threads, keep={site.end for site in outlines})
+        outlines = [known(model, node, shapes).outline() for node in nodes]
         if self.saliency == "obd":
             curvature(model, context)  # of the model before the first edit
-        advance = context.progress("fitting what is left of layers", len(nodes))
-        for node in nodes:
-            site = _site(model, node, shapes)
-            seen = observe(site, here, there, seed=context.seed)
-            here.forget(site.output)
-            there.release(site.end)
-            reads[site.input] -= 1
-            if not reads[site.input]:
-                here.release(site.input)
-            self._replace(model, site, settings[node.name], seen, context)
-            advance(1)
+        aim = aims(model, context, outlines)
+        what = "fitting what is left of layers"
+        for site, seen in in_order(model, outlines, shapes, context, what, aim=aim, samples=SAMPLES):
+            self._replace(model, site, settings[site.name], seen, context)
 
     def _replace(
         self, model: Model, site: Site, setting: Mapping[str, Any], seen: Seen | None, context: Context
@@ -227,17 +214,3 @@ class _Option:
     settings: list[dict]
     whole: Cost
     own: Cost
-
-
-def _site(model: Model, node: ir.Node, shapes: dict[str, tuple | None]) -> Site:
-    """A layer that was found to be one before, weights and all."""
-    site = find(model, node, shapes)
-    assert isinstance(site, Site), site
-    return site
-
-
-def _same(model: Model, original: Model, sites: Sequence[Site]) -> bool:
-    """Whether the original still has the tensors that layers meet and make."""
-    here, there = model.shapes(1), original.shapes(1)
-    names = {name for site in sites for name in (site.input, site.added, site.end) if name is not None}
-    return all(name in there and there[name] == here[name] for name in names)
