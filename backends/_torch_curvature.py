@@ -24,8 +24,7 @@ from torch.utils import _pytree as tree
 
 from effc.errors import BadInput
 
-from ._torch_outputs import Outputs, feeding
-from ._torch_view import weights
+from ._torch_outputs import feeding, judged
 
 PRODUCTS = (
     "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "matmul", "mm",
@@ -56,12 +55,7 @@ def curvature(view: fx.GraphModule, feeds: Iterable[Mapping[str, np.ndarray]]) -
     Raises:
         BadInput: no rule is known for a function of the network, or there are no samples.
     """
-    batches = list(feeds)
-    training = view.training
-    view.eval()
-    try:
-        outputs = Outputs.of(view, batches)
-        trained = {name: w for name, w in weights(view).items() if w.requires_grad}
+    with judged(view, feeds) as (batches, outputs, trained):
         sums = {name: torch.zeros_like(w) for name, w in trained.items()}
         for batch in batches:
             with torch.enable_grad(), Squaring():
@@ -72,8 +66,6 @@ def curvature(view: fx.GraphModule, feeds: Iterable[Mapping[str, np.ndarray]]) -
             for total, h in zip(sums.values(), found, strict=True):
                 if h is not None:
                     total += h
-    finally:
-        view.train(training)
     return {name: (total / outputs.samples).cpu().float().numpy() for name, total in sums.items()}
 
 

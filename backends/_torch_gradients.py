@@ -20,8 +20,7 @@ from effc.errors import BadInput
 from effc.evaluate import class_labels
 from effc.runtime import Gradients, Slice
 
-from ._torch_outputs import Outputs, feeding
-from ._torch_view import weights
+from ._torch_outputs import Outputs, feeding, judged
 
 
 def gradients(
@@ -33,12 +32,7 @@ def gradients(
     seed: int = 0,
 ) -> Gradients:
     """See `effc.runtime.Trainer.gradients`."""
-    batches = list(feeds)
-    training = view.training
-    view.eval()
-    try:
-        outputs = Outputs.of(view, batches)
-        trained = {name: w for name, w in weights(view).items() if w.requires_grad}
+    with judged(view, feeds) as (batches, outputs, trained):
         sums = _Sums(trained, units)
         generator = torch.Generator().manual_seed(seed)
         for number, batch in enumerate(batches):
@@ -47,8 +41,6 @@ def gradients(
                 made = outputs.differentiable(view(*inputs))
                 loss = _loss(outputs, made, None if given is None else given[at : at + 1], generator)
                 sums.add(torch.autograd.grad(loss, list(trained.values()), allow_unused=True))
-    finally:
-        view.train(training)
     return sums.result(outputs.samples)
 
 

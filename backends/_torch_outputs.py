@@ -7,7 +7,8 @@ the natural gradient method", JMLR 2020, section 9).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +19,10 @@ from torch import Tensor, fx
 from effc.errors import BadInput
 from effc.evaluate import are_probabilities
 
-from ._torch_view import names_of
+from ._torch_view import names_of, weights
 from ._torch_weights import to_torch
 
+Batch = Mapping[str, np.ndarray]
 FLOOR = 1e-12  # of a probability that is divided by, or whose logarithm is taken
 
 
@@ -31,6 +33,17 @@ def feeding(view: fx.GraphModule, feeds: Mapping[str, np.ndarray]) -> list[Tenso
         raise BadInput(f"input {missing[0]!r} is missing; there are {', '.join(sorted(feeds)) or 'none'}")
     device = next((p.device for p in view.parameters()), torch.device("cpu"))
     return [to_torch(np.asarray(feeds[name])).to(device) for name in names]
+
+
+@contextmanager
+def judged(view: fx.GraphModule, feeds: Iterable[Batch]) -> Iterator[tuple[list[Batch], Outputs, dict[str, Tensor]]]:
+    """A view in eval mode as long as its weights are judged: its batches, its outputs, and the weights it trains."""
+    batches, training = list(feeds), view.training
+    view.eval()
+    try:
+        yield batches, Outputs.of(view, batches), {n: w for n, w in weights(view).items() if w.requires_grad}
+    finally:
+        view.train(training)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from _marks import Marks, Parser, data_file, model_file
 from _zoo import SHARED, catalogue
 
 import effc
-from effc import edit
 from effc.channels import Channels, channels
 from effc.cost import cost
 from effc.data import open_data
@@ -32,7 +31,7 @@ from effc.evaluate import Score, evaluate
 from effc.measure import compare_many, random_feeds
 from effc.model import Model
 from effc.registry import backend
-from effc.removal import remove_units
+from effc.removal import mute_units, remove_units
 
 EXACT, REACHED, POINTS = 1e-5, 0.9, 78.0  # marks: max|a - b| / max|a|, share of channels, top-1 at half the MACs
 NETWORKS = ("resnet56", "vgg-small")
@@ -61,10 +60,11 @@ class Bench(Marks):
             inner = made - outputs(found)
             free = {unit for unit in inner if unit not in found.pinned}
             gone = some(found)
-            smaller = model.clone()
+            muted, smaller = model.clone(), model.clone()
+            mute_units(muted, gone)
             remove_units(smaller, gone)
             feeds = random_feeds(model, model.batch or 2, dict(entry.dims))
-            apart = distance(ran(unread(model, found, gone), feeds), ran(smaller, feeds))
+            apart = distance(ran(muted, feeds), ran(smaller, feeds))
             macs = cost(smaller, 1, entry.dims).total.macs / cost(model, 1, entry.dims).total.macs
             share = len(free) / max(len(inner), 1)
             print(
@@ -200,18 +200,6 @@ def some(found: Channels) -> set[int]:
         if group.pinned is None and len(group.units) > 1:
             gone |= set(rng.choice(group.units, max(1, len(group.units) // 3), replace=False).tolist())
     return gone
-
-
-def unread(model: Model, found: Channels, units: set[int]) -> Model:
-    """The model with zeros wherever weights read these units."""
-    clone = model.clone()
-    for place, held in found.weights.items():
-        if place.reads:
-            value = clone.graph.initializers[place.weight]
-            array = value.const_value.numpy().copy()
-            np.moveaxis(array, place.axis, 0)[np.isin(held, list(units))] = 0
-            edit.set_initializer(clone, value, array)
-    return clone
 
 
 def ran(model: Model, feeds: Mapping[str, Any]) -> dict[str, np.ndarray]:

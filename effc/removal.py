@@ -42,6 +42,17 @@ def remove_units(model: Model, units: Collection[int]) -> None:
     removal.slice_weights()
 
 
+def mute_units(model: Model, units: Collection[int], weights: Collection[str] | None = None) -> None:
+    """Let nothing read units: zeros where weights do, in place; of all weights, or of these."""
+    for place, held in channels(model).weights.items():
+        gone = np.isin(held, list(units))
+        if place.reads and gone.any() and (weights is None or place.weight in weights):
+            value = model.graph.initializers[place.weight]
+            array = value.const_value.numpy().copy()
+            np.moveaxis(array, place.axis, 0)[gone] = 0
+            edit.set_initializer(model, value, array)
+
+
 class _Removal:
     """One removal: the model, its units, and which indices of its tensors stay."""
 

@@ -12,17 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from effc import edit
-from effc.channels import channels
 from effc.contract import Context
 from effc.model import Model
+from effc.removal import mute_units
 
 from ._elimination import Reader, eliminate
 from ._observed import aims, in_order
 from ._reconstruction import WIDEST, Seen, metric, refit, regression
 from ._refit import renew
 from ._sites import Site, find
-from ._unit_order import columns_of, reading_place
+from ._unit_order import columns_of
 from ._widths import LAYERS, Coupled
 
 SAMPLES, POSITIONS = 1024, 16_384  # to fit to, and positions of a layer among them
@@ -47,8 +46,7 @@ class Correction:
 
     def mute(self) -> None:
         """Let nothing read what is to go: the weights there become zero."""
-        for node in self._reading():
-            _mute(self.model, node, np.concatenate(list(self.gone.values())))
+        mute_units(self.model, self._units())
 
     def fit(self) -> None:
         """Let nothing read what is to go, and all layers behind make up for it; `gone` tells what went."""
@@ -58,9 +56,8 @@ class Correction:
         order = list(self.model.nodes(*LAYERS))
         behind = order[order.index(reading[0]) :]
         sites = {node: find(self.model, node, self.shapes) for node in behind}
-        for node in reading:
-            if isinstance(sites[node], str):
-                _mute(self.model, node, np.concatenate(list(self.gone.values())))
+        unfit = [node.inputs[1].name for node in reading if isinstance(sites[node], str)]
+        mute_units(self.model, self._units(), unfit)
         outlines = [site.outline() for site in sites.values() if isinstance(site, Site)]
         fitting = in_order(
             self.model, outlines, self.shapes, context, "fitting layers behind pruned channels",
@@ -72,6 +69,9 @@ class Correction:
             whole = np.zeros(site.layer.matrix.shape)
             whole[:, kept] = matrix
             renew(self.model, site, whole, bias)
+
+    def _units(self) -> set[int]:
+        return {int(unit) for units in self.gone.values() for unit in units}
 
     def _reading(self) -> list[ir.Node]:
         """The layers that read what is to go, in order."""
@@ -99,11 +99,3 @@ def _worst(site: Site, seen: Seen, group: Coupled, columns: Sequence[np.ndarray]
     reader = Reader(matrix * np.sqrt(through)[:, None], spread, columns)
     order, _ = eliminate([reader], group.count, group.count - count)
     return np.asarray(group.group.units)[order]
-
-
-def _mute(model: Model, node: ir.Node, units: np.ndarray) -> None:
-    place = reading_place(model, node)
-    gone = np.isin(channels(model).weights[place], units)
-    array = node.inputs[1].const_value.numpy().copy()
-    np.moveaxis(array, place.axis, 0)[gone] = 0
-    edit.set_initializer(model, node.inputs[1], array)

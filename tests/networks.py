@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import onnx
@@ -159,6 +160,16 @@ def mlp() -> onnx.ModelProto:
     x = net.node("Add", net.weight("fc3.bias", net.random(12)), x, name="fc3_add")
     x = net.relu(net.norm(x, 12, name="bn3"))
     net.output(net.linear(net.norm(x, 12, name="bn4"), 12, 5, name="fc4"), ["N", 5])
+    return net.model()
+
+
+def scores_of(*sizes: int, softmax: bool = False) -> onnx.ModelProto:
+    """Dense layers fc0, fc1, ... of these sizes with ReLUs between them, on x [N, sizes[0]]."""
+    net = Net("dense")
+    x = net.input("x", ["N", sizes[0]])
+    for number, (n, d) in enumerate(pairwise(sizes)):
+        x = net.linear(net.relu(x) if number else x, n, d, name=f"fc{number}")
+    net.output(net.node("Softmax", x, axis=1) if softmax else x, ["N", sizes[-1]])
     return net.model()
 
 
@@ -326,6 +337,12 @@ def distance(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
         difference = np.abs(array.astype(np.float64) - b[name].astype(np.float64)).max(initial=0.0)
         worst = max(worst, difference / max(np.abs(array).max(initial=0.0), 1e-30))
     return float(worst)
+
+
+def agree(a: np.ndarray, b: np.ndarray, tolerance: float) -> None:
+    """max|a - b| is at most so large a share of max|b|."""
+    assert a.shape == b.shape and b.any()
+    assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
 def _info(name: str, dtype: type, shape: Sequence[int | str | None] | None) -> onnx.ValueInfoProto:

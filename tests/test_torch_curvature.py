@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from effc.backends.torch import Torch
 from effc.capture import from_proto
 from effc.errors import BadInput
-from tests.networks import NETWORKS, Net, feeds
+from tests.networks import NETWORKS, Net, agree, feeds, scores_of
 
 if TYPE_CHECKING:
     import torch
@@ -28,12 +27,6 @@ IMAGES = RNG.standard_normal((5, 2, 9, 9)).astype(np.float32)
 
 def found(proto: onnx.ModelProto, *batches: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return TORCH.curvature(TORCH.view(from_proto(proto)), batches)
-
-
-def close(a: np.ndarray, b: np.ndarray, tolerance: float) -> None:
-    """max|a - b| over max|b|."""
-    assert a.shape == b.shape and b.any()
-    assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
 def hessian_diagonal(proto: onnx.ModelProto, x: np.ndarray, name: str, loss) -> np.ndarray:
@@ -56,40 +49,29 @@ def relative_error(y):
     return (y - y.detach()).square().sum() / (y.detach().square().sum() / len(y))
 
 
-def dense(*sizes: int, outputs: str = "scores") -> onnx.ModelProto:
-    net = Net("dense")
-    x = net.input("x", ["N", sizes[0]])
-    for number, (n, d) in enumerate(pairwise(sizes)):
-        x = net.linear(net.relu(x) if number else x, n, d, name=f"fc{number}")
-    if outputs == "probabilities":
-        x = net.node("Softmax", x, axis=1)
-    net.output(x, ["N", sizes[-1]])
-    return net.model()
-
-
 def one_output() -> onnx.ModelProto:
     """6 -> 8 -> 1: no class scores, and behind each weight there is one path only."""
-    return dense(6, 8, 1)
+    return scores_of(6, 8, 1)
 
 
 # where the diagonal recursion is exact: to rounding of float32
 
 
-@pytest.mark.parametrize("outputs", ["scores", "probabilities"])
-def test_of_a_softmax_layer_it_is_the_diagonal_of_the_hessian(outputs):
-    h = found(dense(6, 8, 4, outputs=outputs), {"x": X[:10]}, {"x": X[10:]})
+@pytest.mark.parametrize("softmax", [False, True])
+def test_of_a_softmax_layer_it_is_the_diagonal_of_the_hessian(softmax):
+    h = found(scores_of(6, 8, 4, softmax=softmax), {"x": X[:10]}, {"x": X[10:]})
     for name in ("fc1.weight", "fc1.bias"):
-        close(h[name], hessian_diagonal(dense(6, 8, 4), X, name, cross_entropy), 1e-5)
+        agree(h[name], hessian_diagonal(scores_of(6, 8, 4), X, name, cross_entropy), 1e-5)
 
 
 @pytest.mark.parametrize("name", ["fc0.weight", "fc0.bias", "fc1.weight"])
 def test_of_a_network_of_single_paths_with_squared_error_it_is_the_diagonal_of_the_hessian(name):
-    close(found(one_output(), {"x": X})[name], hessian_diagonal(one_output(), X, name, relative_error), 1e-5)
+    agree(found(one_output(), {"x": X})[name], hessian_diagonal(one_output(), X, name, relative_error), 1e-5)
 
 
 def test_of_a_linear_layer_it_is_what_finite_differences_say():
     """Damage measured by hand, of a step of 0.1: exact for a quadratic error, to 1e-3 of the largest."""
-    proto = dense(6, 1)
+    proto = scores_of(6, 1)
     model, session = from_proto(proto), TORCH.session
     h = found(proto, {"x": X})["fc0.weight"]
     view = TORCH.view(model)
@@ -103,7 +85,7 @@ def test_of_a_linear_layer_it_is_what_finite_differences_say():
         with torch.no_grad():
             weight[place] -= 0.1
         measured[place] = np.sum(off**2) / np.sum(before[name] ** 2)
-    close(0.5 * h * 0.1**2, measured, 1e-3)
+    agree(0.5 * h * 0.1**2, measured, 1e-3)
 
 
 # the recursion, by hand
@@ -129,16 +111,16 @@ def test_of_a_convolutional_network_it_is_the_recursion_by_hand():
     scores = x3.reshape(5, -1) @ w["fc.weight"].T + w["fc.bias"]
     p = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
     h3 = p * (1 - p)
-    close(h["fc.weight"], h3.T @ x3.reshape(5, -1) ** 2 / 5, 1e-4)
+    agree(h["fc.weight"], h3.T @ x3.reshape(5, -1) ** 2 / 5, 1e-4)
     h2 = (h3 @ w["fc.weight"] ** 2).reshape(x3.shape) * (a2 > 0)
-    close(h["c2.weight"], np.einsum("ndhw,nchwij->dcij", h2, patches**2) / 5, 1e-4)
+    agree(h["c2.weight"], np.einsum("ndhw,nchwij->dcij", h2, patches**2) / 5, 1e-4)
     back = np.einsum("ndhw,dcij->nchiwj", h2, w["c2.weight"] ** 2).reshape(x2.shape)
     winner = np.arange(4) == blocks.argmax(-1)[..., None]
     h1 = (winner * back[..., None]).reshape(5, 3, 4, 4, 2, 2).transpose(0, 1, 2, 4, 3, 5).reshape(x1.shape) * (a1 > 0)
-    close(
+    agree(
         h["c1.weight"], np.einsum("ndhw,nchwij->dcij", h1, sliding_window_view(IMAGES, (2, 2), (2, 3)) ** 2) / 5, 1e-4
     )
-    close(h["c1.bias"], h1.sum((0, 2, 3)) / 5, 1e-4)
+    agree(h["c1.bias"], h1.sum((0, 2, 3)) / 5, 1e-4)
 
 
 # single rules, against Jacobians: y = f(w * x), outputs that are no class scores
@@ -185,7 +167,7 @@ def test_a_function_squares_its_jacobian(case):
     for number in y.reshape(-1):
         rows.append(torch.autograd.grad(number, weight, retain_graph=True)[0])
     expected = torch.stack(rows).square().sum(0) * 2 / y.detach().square().sum()
-    close(found(proto, {"x": x})["w"], expected.numpy(), 1e-4)
+    agree(found(proto, {"x": x})["w"], expected.numpy(), 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +181,7 @@ def test_whole_networks_have_curvature_that_is_finite_and_not_negative(network):
 
 
 def test_the_view_keeps_its_mode():
-    view = TORCH.view(from_proto(dense(6, 4))).train()
+    view = TORCH.view(from_proto(scores_of(6, 4))).train()
     TORCH.curvature(view, [{"x": X}])
     assert view.training
 
@@ -225,6 +207,6 @@ def test_a_product_of_a_tensor_with_itself_is_refused():
 
 def test_no_samples_and_missing_inputs_are_refused():
     with pytest.raises(BadInput, match="there are no samples"):
-        found(dense(6, 4))
+        found(scores_of(6, 4))
     with pytest.raises(BadInput, match="input 'x' is missing; there are z"):
-        found(dense(6, 4), {"z": X})
+        found(scores_of(6, 4), {"z": X})

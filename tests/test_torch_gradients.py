@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-import onnx
 import pytest
 
 from effc.backends.torch import Torch
@@ -14,7 +12,7 @@ from effc.capture import from_proto
 from effc.channels import channels
 from effc.errors import BadInput
 from effc.runtime import Slice
-from tests.networks import NETWORKS, Net, feeds
+from tests.networks import NETWORKS, agree, feeds, scores_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,21 +23,6 @@ TORCH = Torch()
 RNG = np.random.default_rng(0)
 X = RNG.standard_normal((12, 6)).astype(np.float32)
 Y = RNG.integers(0, 4, 12)
-
-
-def dense(*sizes: int) -> onnx.ModelProto:
-    net = Net("dense")
-    x = net.input("x", ["N", sizes[0]])
-    for number, (n, d) in enumerate(pairwise(sizes)):
-        x = net.linear(net.relu(x) if number else x, n, d, name=f"fc{number}")
-    net.output(x, ["N", sizes[-1]])
-    return net.model()
-
-
-def close(a: np.ndarray, b: np.ndarray, tolerance: float) -> None:
-    """max|a - b| over max|b|."""
-    assert a.shape == b.shape and b.any()
-    assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
 def by_hand(view, x: np.ndarray, labels: np.ndarray) -> list[dict[str, np.ndarray]]:
@@ -54,13 +37,13 @@ def by_hand(view, x: np.ndarray, labels: np.ndarray) -> list[dict[str, np.ndarra
 
 
 def test_means_and_squares_are_those_of_single_samples():
-    view = TORCH.view(from_proto(dense(6, 8, 4)))
+    view = TORCH.view(from_proto(scores_of(6, 8, 4)))
     found = TORCH.gradients(view, [{"x": X[:5]}, {"x": X[5:]}], [Y[:5], Y[5:]])
     rows = by_hand(view, X, Y)
     for name in TORCH.weights(view):
         each = np.stack([row[name] for row in rows])
-        close(found.mean[name], each.mean(0), 1e-5)
-        close(found.squares[name], (each**2).mean(0), 1e-5)
+        agree(found.mean[name], each.mean(0), 1e-5)
+        agree(found.squares[name], (each**2).mean(0), 1e-5)
         assert (
             np.abs(found.squares[name] - each.mean(0) ** 2).max() > 0.1 * found.squares[name].max()
         )  # not of the mean
@@ -70,7 +53,7 @@ def test_means_and_squares_are_those_of_single_samples():
 @pytest.mark.parametrize("axis", [0, 1, None])
 def test_units_add_up_before_they_are_squared(axis):
     """Rows of one weight with the bias and the columns of the next, as channels are; labels of single numbers."""
-    view = TORCH.view(from_proto(dense(6, 8, 4)))
+    view = TORCH.view(from_proto(scores_of(6, 8, 4)))
     shapes = {"fc0.weight": (8, 6), "fc0.bias": (8,), "fc1.weight": (4, 8)}
     rows = by_hand(view, X, Y)
     weights = {name: w.detach().numpy() for name, w in TORCH.weights(view).items()}
@@ -90,29 +73,29 @@ def test_units_add_up_before_they_are_squared(axis):
         for n, row in enumerate(rows):
             for unit in range(count):
                 sums[n, unit] += (row[s.weight] * weights[s.weight])[each == unit].sum()
-    close(found.products, sums.mean(0), 1e-5)
-    close(found.taylor, np.abs(sums).mean(0), 1e-5)
-    close(found.fisher, (sums**2).mean(0), 1e-5)
+    agree(found.products, sums.mean(0), 1e-5)
+    agree(found.taylor, np.abs(sums).mean(0), 1e-5)
+    agree(found.fisher, (sums**2).mean(0), 1e-5)
 
 
 def test_drawn_targets_give_the_curvature_of_the_last_layer():
     """E g^2 = E p (1 - p) x^2 over draws; 12 samples seen 200 times, to 15 % of the largest."""
-    view = TORCH.view(from_proto(dense(6, 4)))
+    view = TORCH.view(from_proto(scores_of(6, 4)))
     many = np.repeat(X, 200, axis=0)
     found = TORCH.gradients(view, [{"x": many}], seed=1).squares["fc0.weight"]
-    close(found, TORCH.curvature(view, [{"x": X}])["fc0.weight"], 0.15)
+    agree(found, TORCH.curvature(view, [{"x": X}])["fc0.weight"], 0.15)
 
 
 def test_drawn_targets_of_other_outputs_give_the_curvature_too():
     """Squared error of an output that is no class score, to 15 %."""
-    view = TORCH.view(from_proto(dense(6, 1)))
+    view = TORCH.view(from_proto(scores_of(6, 1)))
     many = np.repeat(X, 200, axis=0)
     found = TORCH.gradients(view, [{"x": many}], seed=1).squares["fc0.weight"]
-    close(found, TORCH.curvature(view, [{"x": X}])["fc0.weight"], 0.15)
+    agree(found, TORCH.curvature(view, [{"x": X}])["fc0.weight"], 0.15)
 
 
 def test_the_seed_decides_the_draws():
-    view = TORCH.view(from_proto(dense(6, 4)))
+    view = TORCH.view(from_proto(scores_of(6, 4)))
     first, same, other = (TORCH.gradients(view, [{"x": X}], seed=s).mean["fc0.weight"] for s in (0, 0, 1))
     assert np.array_equal(first, same) and not np.array_equal(first, other)
 
@@ -132,7 +115,7 @@ def test_the_units_of_a_residual_network_are_those_of_its_channels():
 
 
 def test_what_does_not_fit_is_refused():
-    view, one = TORCH.view(from_proto(dense(6, 4))), TORCH.view(from_proto(dense(6, 1)))
+    view, one = TORCH.view(from_proto(scores_of(6, 4))), TORCH.view(from_proto(scores_of(6, 1)))
     with pytest.raises(BadInput, match=r"no trained weight 'w' to take units of; there are fc0\.weight, fc0\.bias"):
         TORCH.gradients(view, [{"x": X}], units=[Slice("w", 0, np.arange(4))])
     with pytest.raises(BadInput, match=r"units of 'fc0.weight' are \(5,\), along axis 0 there are \(4,\)"):
