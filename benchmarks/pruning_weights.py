@@ -39,7 +39,7 @@ SEEN, JUDGED = 4096, 5000  # images for saliencies, and to measure the loss on
 BATCH, RATE = 128, 0.05
 TWELVEFOLD = 1 - 1 / 12
 HAN = {"LeNet-300-100": (1.64, 1.59), "LeNet-5": (0.80, 0.77)}
-KEPT = "saliency={}, sparsity={}"
+KEPT = "saliency={}, sparsity={}, remove_dead=false"
 
 
 def network(name: str) -> nn.Module:
@@ -168,8 +168,9 @@ class Bench(Marks):
                 measure=False, threads=self.threads,
             )  # fmt: skip
             (stage,) = result.history.stages
-            weights = [v.const_value.numpy() for v in result.model.graph.initializers.values()]
-            kept = [100 * np.count_nonzero(w) / w.size for w in weights if w.ndim > 1]
+            weights = {n: v.const_value.numpy() for n, v in result.model.graph.initializers.items()}
+            whole = {n: v.const_value.size for n, v in model.graph.initializers.items()}
+            kept = [100 * np.count_nonzero(w) / whole.get(n, w.size) for n, w in weights.items() if w.ndim > 1]
             before, after = self.errors(model), self.errors(result.model)
             a, b = compressed_size(model), compressed_size(result.model)
             seconds, shares = time.perf_counter() - started, " ".join(f"{k:.0f}" for k in kept)
@@ -192,7 +193,9 @@ class Bench(Marks):
         rows = []
         for seed in range(self.seeds):
             model = self.dense("LeNet-300-100", seed)
-            sparse = self.trained(self.pruned(model, "sparsity=0.3, scope=layer"), self.each, seed=seed)
+            sparse = self.trained(
+                self.pruned(model, "sparsity=0.3, scope=layer, remove_dead=false"), self.each, seed=seed
+            )
             again = self.trained(sparse, self.each, RATE / 10, seed=seed + 100, keep_zeros=False)
             fair = self.trained(model, self.each, seed=seed)
             fair = self.trained(fair, self.each, RATE / 10, seed=seed + 100)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from effc.model import Model, constant_tensor
+from effc import edit
+from effc.model import STANDARD_DOMAINS, Model, constant_tensor
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
 
@@ -36,6 +37,61 @@ def bias_array(model: Model, node: ir.Node, outputs: int) -> np.ndarray | None:
         raise ValueError(f"its third operand of shape {array.shape} is no bias along {outputs} outputs")
     beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
     return np.broadcast_to(array.reshape(-1), outputs) * np.asarray(beta, array.dtype)
+
+
+def set_bias(model: Model, node: ir.Node, bias: np.ndarray) -> None:
+    """Let a convolution, a Gemm or a batch norm add this to its outputs.
+
+    Gemm's beta counts; where it is 0 it becomes 1.
+
+    Args:
+        bias: [N].
+    """
+    beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
+    numbers = (bias / (beta or 1.0)).astype(node.inputs[1].const_value.numpy().dtype)
+    set_operand(model, node, 2, numbers, f"{node.name}_bias")
+    if beta == 0:
+        edit.set_attributes(model, node, beta=1.0)
+
+
+def set_operand(model: Model, node: ir.Node, place: int, numbers: np.ndarray, hint: str) -> None:
+    """Other numbers for a constant that a node reads, under its name and in its shape if it alone reads it."""
+    value = node.inputs[place] if len(node.inputs) > place else None
+    if value is not None and value.is_initializer() and len(value.uses()) == 1:
+        shape = value.const_value.shape if value.const_value.size == numbers.size else numbers.shape
+        edit.set_initializer(model, value, numbers.reshape(shape))
+    else:
+        edit.set_input(model, node, place, edit.add_initializer(model, hint, numbers))
+
+
+def added_behind(model: Model, node: ir.Node, outputs: int, rank: int | None = None) -> tuple[ir.Node, int] | None:
+    """The Add that alone reads a MatMul and adds one constant to each of its outputs, and the constant's place.
+
+    Args:
+        rank: of what the MatMul makes, where it is known: a constant of more axes is none of its bias.
+    """
+    reader = only_reader(node.outputs[0]) if node.op_type == "MatMul" else None
+    if reader is None or reader.op_type != "Add":
+        return None
+    place = 1 if reader.inputs[0] is node.outputs[0] else 0
+    operand = model.constant(reader.inputs[place])
+    if operand is None or operand.shape[-1:] != (outputs,) or operand.size != outputs:
+        return None
+    return (reader, place) if operand.ndim <= max(1, rank or 1) else None
+
+
+def only_reader(value: ir.Value) -> ir.Node | None:
+    """The standard operator that alone reads a tensor, in the same graph."""
+    uses = list(value.uses())
+    if len(uses) != 1 or value.is_graph_output():
+        return None
+    node = uses[0].node
+    return node if node.graph is value.producer().graph and node.domain in STANDARD_DOMAINS else None
+
+
+def alpha(node: ir.Node) -> float:
+    """What a Gemm multiplies its product with; 1 for other layers."""
+    return node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
 
 
 def pads(node: ir.Node, size: Sequence[int], kernel: Sequence[int]) -> list[int]:

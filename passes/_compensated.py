@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from effc import edit
 from effc.contract import Context
-from effc.layers import bias_array, output_axis
+from effc.layers import bias_array, output_axis, set_bias
 from effc.model import Model
 from effc.walk import Walk, samples
 
@@ -18,7 +18,6 @@ from ._compensation import BLOCK, compensate, in_turn, lost
 from ._observed import met, sizes
 from ._prunable import Prunable, best_of, fewest
 from ._reconstruction import WIDEST, metric
-from ._refit import set_bias
 from ._sites import Site, find, known, stored
 
 SAMPLES = 512

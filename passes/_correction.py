@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from effc.contract import Context
+from effc.dead import absorb
 from effc.model import Model
 from effc.removal import mute_units
 
@@ -45,7 +46,8 @@ class Correction:
     again: bool = True
 
     def mute(self) -> None:
-        """Let nothing read what is to go: the weights there become zero."""
+        """Let nothing read what is to go: weights there become zero; what is a constant is added to biases behind."""
+        absorb(self.model, self._units())
         mute_units(self.model, self._units())
 
     def fit(self) -> None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 
 from effc import edit
-from effc.layers import bias_value
+from effc.layers import bias_value, set_bias
 from effc.model import Model
 
 from ._sites import Site, set_added, stored
@@ -33,23 +32,3 @@ def renew(model: Model, site: Site, matrix: np.ndarray, bias: np.ndarray) -> Non
         set_bias(model, norm, before + own * site.scale)
     else:
         set_bias(model, node, own)
-
-
-def set_bias(model: Model, node: ir.Node, bias: np.ndarray) -> None:
-    """Let a convolution, a Gemm or a batch norm add this to its outputs.
-
-    It keeps the name of the bias where this node alone reads one. Gemm's beta counts; where it is 0 it becomes 1.
-
-    Args:
-        bias: [N].
-    """
-    beta = node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0
-    numbers = (bias / (beta or 1.0)).astype(node.inputs[1].const_value.numpy().dtype)
-    value = node.inputs[2] if len(node.inputs) > 2 else None
-    if value is not None and value.is_initializer() and len(value.uses()) == 1:
-        shape = value.const_value.shape if value.const_value.size == numbers.size else numbers.shape
-        edit.set_initializer(model, value, numbers.reshape(shape))
-    else:
-        edit.set_input(model, node, 2, edit.add_initializer(model, f"{node.name}_bias", numbers))
-    if beta == 0:
-        edit.set_attributes(model, node, beta=1.0)

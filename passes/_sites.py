@@ -13,7 +13,19 @@ import numpy as np
 import onnx_ir as ir
 
 from effc import edit
-from effc.layers import WEIGHTED, bias_array, constant_weight, dilations, output_axis, pads, strides
+from effc.layers import (
+    WEIGHTED,
+    added_behind,
+    alpha,
+    bias_array,
+    constant_weight,
+    dilations,
+    only_reader,
+    output_axis,
+    pads,
+    set_operand,
+    strides,
+)
 from effc.model import STANDARD_DOMAINS, Model
 from effc.placement import clip_bounds
 
@@ -98,10 +110,11 @@ def find(model: Model, node: ir.Node, shapes: Mapping[str, tuple | None]) -> Sit
     layer = _convolution(node, weight, shapes) if node.op_type == "Conv" else _dense(node, weight)
     if isinstance(layer, str):
         return layer
-    adding = _adding(model, node, layer.outputs, shapes)
+    behind = added_behind(model, node, layer.outputs, len(shapes.get(node.outputs[0].name) or ()))
+    adding = None if behind is None else behind[0]
     out = node.outputs[0]
-    if adding is not None:
-        bias, out = _operand(model, adding, out)[1].reshape(-1), adding.outputs[0]
+    if behind is not None:
+        bias, out = model.constant(adding.inputs[behind[1]]).reshape(-1), adding.outputs[0]
     by_channel = node.op_type != "MatMul" or len(shapes.get(node.outputs[0].name) or ()) == 2  # what a norm goes by
     scale, shift, end = _behind_norm(out, layer.outputs) if by_channel else _plain(out, layer.outputs)
     added, end = _sum(end, shapes)
@@ -153,30 +166,12 @@ def _dense(node: ir.Node, weight: np.ndarray) -> Layer | str:
     if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
         return "its left operand is transposed"
     matrix = weight if output_axis(node, 2) == 0 else weight.T
-    alpha = node.attributes.get_float("alpha", 1.0) if node.op_type == "Gemm" else 1.0
-    return Layer(alpha * matrix.astype(np.float64)[:, :, None, None])
-
-
-def _adding(model: Model, node: ir.Node, outputs: int, shapes: Mapping[str, tuple | None]) -> ir.Node | None:
-    """The Add that alone reads a MatMul and adds one constant to each of its outputs."""
-    reader = _only_reader(node.outputs[0]) if node.op_type == "MatMul" else None
-    if reader is None or reader.op_type != "Add":
-        return None
-    operand = _operand(model, reader, node.outputs[0])[1]
-    if operand is None or operand.shape[-1:] != (outputs,) or operand.size != outputs:
-        return None
-    return reader if operand.ndim <= max(1, len(shapes.get(node.outputs[0].name) or ())) else None
-
-
-def _operand(model: Model, adding: ir.Node, made: ir.Value) -> tuple[int, np.ndarray | None]:
-    """What an Add adds to a tensor: its place among the inputs, and its numbers where it is a constant."""
-    place = 1 if adding.inputs[0] is made else 0
-    return place, model.constant(adding.inputs[place])
+    return Layer(alpha(node) * matrix.astype(np.float64)[:, :, None, None])
 
 
 def _behind_norm(out: ir.Value, outputs: int) -> tuple[np.ndarray, np.ndarray, ir.Value]:
     """Scale and shift of a batch norm that alone reads a layer's output, and what comes out behind it."""
-    reader = _only_reader(out)
+    reader = only_reader(out)
     if reader is not None and reader.op_type == "BatchNormalization" and reader.inputs[0] is out:
         numbers = scale_and_shift(reader)
         # What a channel of scale 0 makes is never seen: there is nothing to scale back.
@@ -191,7 +186,7 @@ def _plain(out: ir.Value, outputs: int) -> tuple[np.ndarray, np.ndarray, ir.Valu
 
 def _sum(end: ir.Value, shapes: Mapping[str, tuple | None]) -> tuple[str | None, ir.Value]:
     """What a sum adds to a tensor that nothing else reads, and the sum."""
-    reader = _only_reader(end)
+    reader = only_reader(end)
     if reader is None or reader.op_type != "Add":
         return None, end
     others = [v for v in reader.inputs if v is not end]
@@ -214,14 +209,6 @@ def _activation(end: ir.Value) -> tuple[float, float]:
         low, high = clip_bounds(readers[0])
         return (-np.inf if low is None else low), (np.inf if high is None else high)
     return -np.inf, np.inf
-
-
-def _only_reader(value: ir.Value) -> ir.Node | None:
-    uses = list(value.uses())
-    if len(uses) != 1 or value.is_graph_output():
-        return None
-    node = uses[0].node
-    return node if node.graph is value.producer().graph and node.domain in STANDARD_DOMAINS else None
 
 
 def put(model: Model, site: Site, factors: Factors, bias: np.ndarray | None) -> list[ir.Node]:
@@ -253,12 +240,9 @@ def put(model: Model, site: Site, factors: Factors, bias: np.ndarray | None) -> 
 
 def set_added(model: Model, site: Site, numbers: np.ndarray) -> None:
     """Let the Add behind a MatMul add other numbers."""
-    place, before = _operand(model, site.adding, site.node.outputs[0])
-    value, numbers = site.adding.inputs[place], numbers.reshape(before.shape)
-    if value.is_initializer() and len(value.uses()) == 1:
-        edit.set_initializer(model, value, numbers)
-    else:
-        edit.set_input(model, site.adding, place, edit.add_initializer(model, f"{site.name}_bias", numbers))
+    place = 1 if site.adding.inputs[0] is site.node.outputs[0] else 0
+    shape = model.constant(site.adding.inputs[place]).shape
+    set_operand(model, site.adding, place, numbers.reshape(shape), f"{site.name}_bias")
 
 
 def stored(site: Site, weight: np.ndarray) -> np.ndarray:
@@ -267,8 +251,7 @@ def stored(site: Site, weight: np.ndarray) -> np.ndarray:
     now = constant_weight(site.node)
     if site.dense:
         matrix = own[:, :, 0, 0]
-        alpha = site.node.attributes.get_float("alpha", 1.0) if site.node.op_type == "Gemm" else 1.0
-        own = (matrix if output_axis(site.node, 2) == 0 else matrix.T) / alpha
+        own = (matrix if output_axis(site.node, 2) == 0 else matrix.T) / alpha(site.node)
     return np.ascontiguousarray(own.reshape(now.shape).astype(now.dtype))
 
 

@@ -20,6 +20,7 @@ from effc import edit
 from effc.choose import COMPRESSED
 from effc.compressed import compressed_size
 from effc.contract import Context, Pass, Proposal, Skipped
+from effc.dead import Dead, remove_dead
 from effc.errors import BadInput
 from effc.evaluate import damage
 from effc.model import Model
@@ -60,6 +61,10 @@ class PruneWeights(Pass):
     compensate: Annotated[
         bool, Field(description="fit what stays to what each layer meets in the calibration data")
     ] = False
+    remove_dead: Annotated[
+        bool | None,
+        Field(description="remove channels that nothing is left to make or to read; null: unless pattern= is given"),
+    ] = None
     rounds: Annotated[
         int, Field(ge=1, description="times it will be run, each going further: s (1 - (1 - t / rounds)^3)")
     ] = 1
@@ -117,6 +122,8 @@ class PruneWeights(Pass):
             for p in layers:
                 edit.set_initializer(model, p.value, np.where(masks[p.site], p.weight, 0).astype(p.weight.dtype))
         zeros = _zeros(model)[0]
+        if self._removes(layers, zeros, total):
+            context.say(_told_dead(remove_dead(model)))
         context.say(
             f"{zeros / total:.1%} of {total:,} weights of layers are zero, {zeros_before / total:.1%} before; "
             f"compressed (zlib) all weights take {compressed_size(model):,} bytes, {bytes_before:,} before"
@@ -150,6 +157,11 @@ class PruneWeights(Pass):
             raise BadInput("saliency=obs compares weights of one layer: it needs scope=layer, or a pattern")
         if self.compensate and context.calibration is None:
             raise BadInput("compensate=true needs calibration data: give --calibrate SPEC (Python: calibrate=...)")
+
+    def _removes(self, layers: Sequence[Prunable], zeros: int, total: int) -> bool:
+        """Whether dead units go: in the last round alone, as how far rounds are is read off the share of zeros."""
+        wanted = self.pattern is None if self.remove_dead is None else self.remove_dead
+        return wanted and (self.rounds == 1 or zeros >= (self.sparsity or SPARSITY) * total - len(layers))
 
     def _why_not(self, p: Prunable) -> str | None:
         channels, m = p.weight.shape[p.axis], 1 if self.pattern is None else _numbers(self.pattern)[1]
@@ -189,6 +201,11 @@ def _zeros(model: Model) -> tuple[int, int]:
     """How many weights of layers are zero, of how many."""
     found = [(p.zeros, p.weight.size) for p in prunable(model) if isinstance(p, Prunable)]
     return sum(z for z, _ in found), max(sum(n for _, n in found), 1)
+
+
+def _told_dead(found: Dead) -> str:
+    told = f"{found.removed:,} channels or units that nothing makes or reads any more were removed"
+    return told + (f"; {found.left:,} are constant and stay, as zero padding meets them" if found.left else "")
 
 
 def _told_fit(errors: Mapping[str, float], skipped: Mapping[str, str]) -> str:

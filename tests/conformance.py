@@ -40,7 +40,7 @@ OPTIONS: dict[str, list[str]] = {
     "prune-weights": [
         "prune-weights{saliency=obs, scope=layer, sparsity=0.5, compensate=true}",
         "prune-weights{sparsity=0.8, rounds=5, max_drop=0.25}",
-        "prune-weights{pattern=2:4}",
+        "prune-weights{pattern=2:4, remove_dead=true}",
         "prune-weights{deviations=0.5}",
     ],
     "prune-channels": [

@@ -15,7 +15,7 @@ from effc.evaluate import damage
 from effc.history import KEPT, UNCHANGED, UNDONE, History
 from effc.passes.prune_weights import PruneWeights
 from effc.target import find
-from tests.networks import NETWORKS, Net, distance, feeds, run
+from tests.networks import NETWORKS, Net, distance, feeds, run, scores_of
 
 SAMPLES = 64
 
@@ -79,7 +79,7 @@ WIDE = {"source": lambda: iter([{"x": correlated(2)}])}
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.9])
 def test_the_smallest_of_all_layers_together_go(sparsity):
     proto = NETWORKS["plain"]()
-    found = optimize(proto, f"prune-weights{{sparsity={sparsity}}}")
+    found = optimize(proto, f"prune-weights{{sparsity={sparsity}, remove_dead=false}}")
     onnx.checker.check_model(found.model.proto(), full_check=True)
     before, after = layers(proto), layers(found.model.proto())
     sizes = np.sort(np.abs(np.concatenate([w.ravel() for w in before.values()])))
@@ -97,7 +97,10 @@ def test_of_each_layer_the_same_share_goes():
 
 def test_deviations_are_bounds_layer_by_layer():
     proto = NETWORKS["mlp"]()
-    before, after = layers(proto), layers(optimize(proto, "prune-weights{deviations=0.8}").model.proto())
+    before, after = (
+        layers(proto),
+        layers(optimize(proto, "prune-weights{deviations=0.8, remove_dead=false}").model.proto()),
+    )
     for name, w in before.items():
         assert np.array_equal(after[name] == 0, np.abs(w) <= 0.8 * w.std())
 
@@ -127,7 +130,10 @@ def test_two_of_every_four_input_channels_stay_the_largest(network, known):
 
 def test_random_is_seeded():
     proto = NETWORKS["plain"]()
-    found = [optimize(proto, "prune-weights{saliency=random}", seed=seed).model.proto() for seed in (0, 0, 1)]
+    found = [
+        optimize(proto, "prune-weights{saliency=random, remove_dead=false}", seed=seed).model.proto()
+        for seed in (0, 0, 1)
+    ]
     one, same, other = map(layers, found)
     assert all(np.array_equal(one[n], same[n]) for n in one) and any((one[n] != other[n]).any() for n in one)
 
@@ -151,6 +157,49 @@ def test_by_damage_of_their_absence():
     assert actual < damage([run(plain, x)], [run(proto, x)])
 
 
+# channels that are left without weights
+
+
+def test_what_is_left_without_weights_is_removed_and_the_same_comes_out():
+    """Outputs with and without removal, to 1e-5; the constants of what nothing makes are in the biases behind."""
+    for network, sparsity in (("plain", 0.9), ("mlp", 0.9), ("residual", 0.95), ("transformer", 0.9)):
+        proto = NETWORKS[network]()
+        smaller = optimize(proto, f"prune-weights{{sparsity={sparsity}}}", force=True)
+        whole = optimize(proto, f"prune-weights{{sparsity={sparsity}, remove_dead=false}}", force=True)
+        inputs = feeds(proto)
+        assert distance(run(whole.model.proto(), inputs), run(smaller.model.proto(), inputs)) <= 1e-5
+        (told,) = [n for n in smaller.history.passes[0].notes if "nothing makes or reads any more" in n]
+        gone = int(told.split()[0])
+        assert not any("nothing makes" in note for note in whole.history.passes[0].notes)
+        assert (smaller.model.nbytes() < whole.model.nbytes()) is (gone > 0)
+        assert (gone > 0) is (network != "transformer")
+
+
+def test_patterns_keep_channels_whole_unless_told_otherwise():
+    """N:M needs multiples of m, so what it leaves without weights stays."""
+    proto = scores_of(8, 16, 4)
+    weight = next(t for t in proto.graph.initializer if t.name == "fc0.weight")
+    array = numpy_helper.to_array(weight).copy()
+    array[:3] = 0
+    weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+    kept = optimize(proto, "prune-weights{pattern=2:4}", force=True).model
+    removed = optimize(proto, "prune-weights{pattern=2:4, remove_dead=true}", force=True).model
+    first, second = layers(kept.proto()).values()
+    alive = first.any(axis=1) & second.any(axis=0)
+    assert len(first) == 16 and alive.sum() <= 13 and len(layers(removed.proto())[weight.name]) == alive.sum()
+
+
+def test_between_rounds_nothing_is_removed():
+    """How many rounds are done is read off the share of zeros: channels go at the end."""
+    proto, model = NETWORKS["plain"](), NETWORKS["plain"]()
+    sizes = []
+    for _ in range(3):
+        model = optimize(model, "prune-weights{sparsity=0.9, rounds=3}", force=True).model.proto()
+        sizes.append(sum(w.size for w in layers(model).values()))
+    whole = sum(w.size for w in layers(proto).values())
+    assert sizes[:2] == [whole, whole] and sizes[2] < whole
+
+
 # rounds
 
 
@@ -158,12 +207,12 @@ def test_by_damage_of_their_absence():
 def test_rounds_go_further_each_time_and_end_at_the_share(scope):
     """s (1 - (1 - t/T)^3), read off the weights; a fifth run finds nothing more to do. Rounded down: to 1 %."""
     proto, shares = NETWORKS["plain"](), []
-    model = proto
+    model, recipe = proto, f"prune-weights{{sparsity=0.8, rounds=4, scope={scope}, remove_dead=false}}"
     for _ in range(4):
-        model = optimize(model, f"prune-weights{{sparsity=0.8, rounds=4, scope={scope}}}").model.proto()
+        model = optimize(model, recipe).model.proto()
         shares.append(share(layers(model)))
     assert np.allclose(shares, [0.8 * (1 - (1 - t / 4) ** 3) for t in (1, 2, 3, 4)], atol=0.01)
-    again = optimize(model, f"prune-weights{{sparsity=0.8, rounds=4, scope={scope}}}")
+    again = optimize(model, recipe)
     assert again.history.stages[0].status == UNCHANGED
     assert "of its weights are zero already" in next(iter(reasons(again).values()))
 
@@ -172,7 +221,8 @@ def test_zeros_stay_zero_whatever_is_compensated():
     proto = wide()
     first = optimize(proto, "prune-weights{sparsity=0.5}", calibrate=WIDE).model.proto()
     for how in ("saliency=magnitude", "saliency=obs, scope=layer"):
-        then = optimize(first, f"prune-weights{{sparsity=0.7, compensate=true, {how}}}", calibrate=WIDE).model.proto()
+        recipe = f"prune-weights{{sparsity=0.7, compensate=true, remove_dead=false, {how}}}"
+        then = optimize(first, recipe, calibrate=WIDE).model.proto()
         for name, w in layers(first).items():
             assert (layers(then)[name][w == 0] == 0).all()
         assert 0.69 < share(layers(then)) < 0.72
@@ -186,7 +236,8 @@ def test_fitted_weights_do_less_damage_than_plain_ones(pattern):
     """On correlated inputs, samples not seen: each step at least a third better than the one before, by trial."""
     proto = wide()
     ways = ["saliency=magnitude", "saliency=magnitude, compensate=true", "saliency=obs, compensate=true"]
-    results = [optimize(proto, f"prune-weights{{{pattern}, {how}}}", calibrate=WIDE) for how in ways]
+    recipes = [f"prune-weights{{{pattern}, {how}, remove_dead=false}}" for how in ways]
+    results = [optimize(proto, recipe, calibrate=WIDE) for recipe in recipes]
     inputs = {"x": correlated(5)}
     plain, fitted, chosen = (damage([run(r.model.proto(), inputs)], [run(proto, inputs)]) for r in results)
     assert fitted < 0.67 * plain and chosen < fitted
@@ -238,7 +289,7 @@ def singles(proto: onnx.ModelProto) -> dict:
 
 def test_it_is_judged_by_compressed_bytes_and_says_what_zeros_save():
     proto = NETWORKS["plain"]()
-    found = optimize(proto, "prune-weights{sparsity=0.9}", goal="latency")
+    found = optimize(proto, "prune-weights{sparsity=0.9, remove_dead=false}", goal="latency")
     (stage,) = found.history.stages
     assert stage.status == KEPT and stage.goals == ("compressed size",)
     a, b = compressed_size(from_proto(proto)), compressed_size(found.model)

@@ -46,7 +46,7 @@ def zeros(result: api.Result) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("by", ["whole", "layer", "block"])
-@pytest.mark.parametrize("prune", ["prune-weights{sparsity=0.6}", "prune-weights{pattern=2:4}"])
+@pytest.mark.parametrize("prune", ["prune-weights{sparsity=0.6, remove_dead=false}", "prune-weights{pattern=2:4}"])
 def test_zeros_stay_zero_and_the_rest_is_trained(prune, by):
     before, after = optimize(prune), optimize(f"{prune}, recover{{{HOW}, by={by}}}")
     assert {n: z.sum() for n, z in zeros(before).items()} == {n: z.sum() for n, z in zeros(after).items()}
@@ -62,14 +62,14 @@ def test_zeros_stay_zero_and_the_rest_is_trained(prune, by):
 
 def test_they_are_trained_as_well_where_that_is_asked_for():
     """The last phase of Dense-Sparse-Dense: from zero on."""
-    recipe = f"prune-weights{{sparsity=0.5, scope=layer}}, recover{{{HOW}}}"
+    recipe = f"prune-weights{{sparsity=0.5, scope=layer, remove_dead=false}}, recover{{{HOW}}}"
     sparse, dense = optimize(recipe), optimize(f"{recipe}, recover{{{HOW}, keep_zeros=false}}")
     assert all(z.mean() == 0.5 for z in zeros(sparse).values())
     assert all(z.mean() < 0.05 for z in zeros(dense).values())
 
 
 def test_repeated_rounds_reach_the_share_and_are_judged_as_one():
-    steps = f"prune-weights{{sparsity=0.8, rounds=4}}, recover{{{HOW}}}"
+    steps = f"prune-weights{{sparsity=0.8, rounds=4, remove_dead=false}}, recover{{{HOW}}}"
     found = optimize(f"repeat{{steps=4, passes=[{steps}]}}", force=False)
     (stage,) = found.history.stages
     assert stage.status == "kept" and stage.goals == ("compressed size",)
@@ -82,7 +82,8 @@ def test_repeated_rounds_reach_the_share_and_are_judged_as_one():
 
 def test_codes_of_integers_are_held_where_half_of_them_are_zero():
     """Pruned, then quantised, then trained as integers: the zeros are still there."""
-    recipe = f"fold-batchnorm, prune-weights{{sparsity=0.75, scope=layer}}, int8{{rounding=nearest}}, recover{{{HOW}}}"
+    prune = "prune-weights{sparsity=0.75, scope=layer, remove_dead=false}"
+    recipe = f"fold-batchnorm, {prune}, int8{{rounding=nearest}}, recover{{{HOW}}}"
     weights = [v.const_value.numpy() for v in optimize(recipe).model.graph.initializers.values()]
     codes = [w for w in weights if w.dtype == np.int8 and w.ndim == 2]
     assert len(codes) == 2 and all((w == 0).mean() >= 0.75 for w in codes)
