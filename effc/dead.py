@@ -19,7 +19,7 @@ from effc.channels import Channels, Place, channels
 from effc.constant_units import Known, along, constants, padded
 from effc.layers import added_behind, alpha, bias_array, output_axis, set_bias, set_operand
 from effc.model import Model
-from effc.removal import remove_units
+from effc.removal import remove_units, sparing
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,7 @@ def remove_dead(model: Model) -> Dead:
     removed = 0
     while True:
         dead, left = _dead(model)
-        for held in channels(model).weights.values():
-            if set(held.tolist()) <= dead:  # an axis keeps one
-                dead.discard(int(held.min()))
+        dead = sparing(model, dead)
         if not dead:
             return Dead(removed, left)
         absorb(model, dead)

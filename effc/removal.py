@@ -53,6 +53,15 @@ def mute_units(model: Model, units: Collection[int], weights: Collection[str] | 
             edit.set_initializer(model, value, array)
 
 
+def sparing(model: Model, units: Collection[int]) -> set[int]:
+    """These units but for one of each axis of a weight that would have none left."""
+    found = set(units)
+    for held in channels(model).weights.values():
+        if set(held.tolist()) <= found:
+            found.discard(int(held.min()))
+    return found
+
+
 class _Removal:
     """One removal: the model, its units, and which indices of its tensors stay."""
 

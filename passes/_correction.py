@@ -98,6 +98,6 @@ def _worst(site: Site, seen: Seen, group: Coupled, columns: Sequence[np.ndarray]
     spread, ridge = metric(seen.patches, seen.mean)
     matrix = regression(site.layer, seen, spread, ridge)
     through = ((seen.wanted > seen.low) & (seen.wanted < seen.high)).mean(axis=0)
-    reader = Reader(matrix * np.sqrt(through)[:, None], spread, columns)
+    reader = Reader(matrix * np.sqrt(through)[:, None], spread, columns, ridge=ridge)
     order, _ = eliminate([reader], group.count, group.count - count)
     return np.asarray(group.group.units)[order]

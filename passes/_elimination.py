@@ -17,6 +17,7 @@ import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 from scipy.linalg.lapack import dpotri
 
+STILL = 1e-6  # of the ridge: a variance below that is rounding
 TOGETHER = 2**18  # columns times units left, of which one unit more is removed at a time
 
 
@@ -29,18 +30,33 @@ class Reader:
         metric: [D, D] covariance H of its inputs, with a ridge; or its diagonal [D], where no more is known.
         columns: of each unit, the indices of the columns that read it.
         price: damage for each unit of its error's share of its power.
+        ridge: what the diagonal of H holds beyond the covariance. An input with nothing but that never changes: the
+            bias makes up for it, and to do without it is free.
     """
 
     matrix: np.ndarray
     metric: np.ndarray
     columns: Sequence[np.ndarray]
     price: float = 1.0
+    ridge: float = 0.0
+
+    @property
+    def felt(self) -> np.ndarray:
+        """[N, D] weights of inputs that change; those of others as zeros."""
+        return felt(self.matrix, self.metric, self.ridge)
 
     @property
     def power(self) -> float:
+        matrix = self.felt
         if self.metric.ndim == 1:
-            return float(np.einsum("nd,d,nd->", self.matrix, self.metric, self.matrix))
-        return float(np.einsum("nd,nd->", self.matrix @ self.metric, self.matrix))
+            return float(np.einsum("nd,d,nd->", matrix, self.metric, matrix))
+        return float(np.einsum("nd,nd->", matrix @ self.metric, matrix))
+
+
+def felt(matrix: np.ndarray, metric: np.ndarray, ridge: float) -> np.ndarray:
+    """Weights [N, D] with zeros for inputs whose variance is but the ridge."""
+    variance = metric if metric.ndim == 1 else np.diagonal(metric)
+    return np.where(variance <= ridge * (1 + STILL), 0.0, matrix) if ridge else matrix
 
 
 def eliminate(
@@ -92,7 +108,7 @@ class _State:
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
         self.power = max(reader.power, 1e-30)
-        self.weights = reader.matrix.T.copy()  # [D, N]
+        self.weights = reader.felt.T.copy()  # [D, N]
         self.inverse = None if reader.metric.ndim == 1 else _inverse(reader.metric)
         self.place = np.arange(len(self.weights))  # column -> row of `weights`, as rows go
 

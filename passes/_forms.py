@@ -19,7 +19,7 @@ import onnx_ir as ir
 from effc import edit
 from effc.channels import channels
 from effc.model import Model
-from effc.removal import remove_units
+from effc.removal import remove_units, sparing
 
 from ._factors import Factor, Layer
 from ._sites import Site, put
@@ -74,7 +74,7 @@ def settle(model: Model, gathers: Sequence[ir.Node]) -> int:
     maps = [found.tensors.get(node.inputs[0].name) for node in gathers]
     met = {unit for units in maps if units is not None for unit in np.unique(units).tolist()}
     unread = [g.units for g in found.groups if g.pinned is None and not any(place.reads for place in g.places)]
-    gone = {unit for units in unread for unit in units} & met
+    gone = sparing(model, {unit for units in unread for unit in units} & met)
     if not gone:
         return 0
     remove_units(model, gone)

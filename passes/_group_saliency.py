@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 from scipy.linalg import cho_factor, cho_solve
 
-from ._elimination import Reader, eliminate
+from ._elimination import Reader, eliminate, felt
 from ._factors import Layer
 
 Saliency = Literal["reconstruction", "l1", "obd", "random"]
@@ -31,9 +31,11 @@ class Groups:
         layer: as it is.
         matrix: [N, D] its weights, or what regression makes of them.
         metric: [D, D] covariance of patches with a ridge, or None.
+        ridge: that is in it; groups whose inputs never change are free.
     """
 
-    def __init__(self, layer: Layer, matrix: np.ndarray, metric: np.ndarray | None) -> None:
+    def __init__(self, layer: Layer, matrix: np.ndarray, metric: np.ndarray | None, ridge: float = 0.0) -> None:
+        matrix = matrix if metric is None else felt(matrix, metric, ridge)
         self.layer, self.matrix, self.metric = layer, matrix, metric
         self.cross = matrix if metric is None else matrix @ metric
         self.power = max(float(np.einsum("nd,nd->", self.cross, matrix)), 1e-300)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -106,26 +107,36 @@ def aims(model: Model, context: Context, sites: Sequence[Site]) -> Model:
     return context.original if same else model.clone()
 
 
-def moments(site: Site, walk: Walk, context: Context) -> tuple[np.ndarray, np.ndarray | None]:
-    """Mean [D] of the patches that a layer meets, as far as a bias makes up for it, and their covariance about it.
+class Moments(NamedTuple):
+    """Of the patches that a layer meets, D = C kh kw numbers each.
 
-    The covariance, [D, D] with D = C kh kw, has a ridge (`metric`); it is None where D is over `WIDEST`. Both are
-    computed once for a state of the model, and then known to whoever asks, as long as all take `KEPT` bytes at most.
+    Attributes:
+        mean: [D] as far as a bias makes up for it.
+        covariance: [D, D] about the mean, with a ridge (`metric`); None where D is over `WIDEST`.
+        ridge: that is in it.
     """
+
+    mean: np.ndarray
+    covariance: np.ndarray | None
+    ridge: float = 0.0
+
+
+def moments(site: Site, walk: Walk, context: Context) -> Moments:
+    """What a layer meets; computed once for a state of the model, as long as all take `KEPT` bytes at most."""
     digest = None if context.calibration is None else context.calibration.digest
     held = walk.model.cached(("moments", digest, context.seed), dict, for_clones=True)
     if site.name in held:
         return held[site.name]
     patches = met(site, walk, context.seed)
     mean = patches.mean(axis=0, dtype=np.float64) * site.biased
-    found = mean, None if len(mean) > WIDEST else metric(patches, mean)[0]
+    found = Moments(mean, *((None,) if len(mean) > WIDEST else metric(patches, mean)))
     if sum(_bytes(each) for each in held.values()) + _bytes(found) <= KEPT:
         held[site.name] = found
     return found
 
 
-def _bytes(arrays: Sequence[np.ndarray | None]) -> int:
-    return sum(array.nbytes for array in arrays if array is not None)
+def _bytes(found: Moments) -> int:
+    return found.mean.nbytes + (0 if found.covariance is None else found.covariance.nbytes)
 
 
 def met(site: Site, walk: Walk, seed: int) -> np.ndarray:

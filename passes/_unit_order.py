@@ -88,11 +88,11 @@ def _observed(
     if isinstance(site, str):
         matrix = input_matrix(model, node)
         return _Weighed(matrix, np.ones(matrix.shape[1]), ())
-    mean, spread = moments(site, walk, context)
+    mean, spread, ridge = moments(site, walk, context)
     price = sensitivity(site, walk, reference, spread, mean, USUAL)
     if spread is None:  # too wide: inputs are taken to be independent and alike
         spread = np.ones(site.layer.matrix.shape[1])
-    return _Weighed(site.layer.matrix, spread, (), price, site, mean)
+    return _Weighed(site.layer.matrix, spread, (), price, ridge, site, mean)
 
 
 @dataclass(frozen=True)

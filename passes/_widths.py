@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 
@@ -91,6 +91,10 @@ class Widths:
             for name in {name for axis in axes if axis for name in axis[1]}:
                 self._touched[name].append(node)
         self._known: dict[tuple, Cost] = {}
+
+    def touched(self, name: str) -> Sequence[str]:
+        """Nodes whose cost depends on the units of a group."""
+        return self._touched[name]
 
     def saving(self, name: str, left: int) -> Cost:
         """What is saved when so many units of a group are left, beside all others as they are now."""

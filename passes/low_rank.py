@@ -98,7 +98,7 @@ class LowRank(Budgeted):
             site = known(model, node, shapes)
             price, mean, covariance = 1.0, None, None
             if walk is not None:
-                mean, covariance = moments(site, walk, context)
+                mean, covariance, _ = moments(site, walk, context)
             errors = _errors(site, options, covariance, context.seed)
             if walk is not None and mean is not None:
                 usual = float(np.clip(USUAL, min(errors), max(errors)))

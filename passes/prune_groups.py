@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from pydantic import Field
 
-from effc.choose import GOALS, IN_WORDS
+from effc.choose import GOALS, IN_WORDS, QUANTITIES, choose, decisive, spend_damage
 from effc.contract import Budgeted, Context, Proposal, Skipped
 from effc.cost import Cost
 from effc.layers import constant_weight
@@ -28,7 +28,8 @@ from effc.walk import Walk, samples
 from ._form_costs import FormCosts, place_of, scaled
 from ._forms import OPSET, by_tap, columns, emit, of_channels, settle
 from ._group_saliency import Groups, Saliency, kept_of, windows
-from ._observed import aims, in_order, moments, sizes
+from ._observed import Moments, aims, in_order, moments, sizes
+from ._producers import Producers, priced
 from ._reconstruction import WIDEST, Seen, metric, refit, regression
 from ._sites import Site, find, known
 from ._split_damage import USUAL, sensitivity, worth
@@ -59,7 +60,8 @@ class PruneGroups(Budgeted):
 
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
         shapes = sizes(model, context)
-        costs = FormCosts(context, timed=self.speedup is not None or self.goal(context) == "latency")
+        timed = self.speedup is not None or self.goal(context) == "latency"
+        costs = FormCosts(context, timed=timed)
         planned: list[tuple[ir.Node, Cost, list[_Option]]] = []
         for node in model.nodes("Conv"):
             site = find(model, node, shapes)
@@ -73,20 +75,31 @@ class PruneGroups(Budgeted):
             feeds = samples(model, context.calibration, SAMPLES)
             walk = Walk(model, context.backend, feeds, threads=context.threads)
             reference = walk.fork(BATCHES).outputs()
+        producers = Producers(model, shapes, context, timed=timed)
+        proposals, fewer = [], []
         advance = context.progress("weighing groups of weights", len(planned))
         for node, before, options in planned:
             site = known(model, node, shapes)
-            mean, covariance = (None, None) if walk is None else moments(site, walk, context)
-            found = self._weighed(site, options, covariance, model, context)
+            met = None if walk is None else moments(site, walk, context)
+            found = self._weighed(site, options, met, model, context)
             price = 1.0
-            if walk is not None and mean is not None:
-                errors = [error for _, error in found]
+            if met is not None:
+                errors = [error for *_, error in found]
                 usual = float(np.clip(USUAL, min(errors), max(errors)))
-                price = sensitivity(site, walk, reference, covariance, mean, usual)
-            for (option, setting), error in found:
+                price = sensitivity(site, walk, reference, met.covariance, met.mean, usual)
+            for option, setting, kept, error in found:
                 after = scaled(option.own, option.whole, before)
-                yield Proposal(site.name, (site.name,), setting, before, after, worth(price, error))
+                proposals.append(Proposal(site.name, (site.name,), setting, before, after, worth(price, error)))
+                fewer.append(producers.fewer(site, kept))
             advance(1)
+        yield from priced(proposals, fewer, lambda found: self._taken(found, context.costs(model).total, context))
+
+    def _taken(self, proposals: list[Proposal], total: Cost, context: Context) -> list[Proposal]:
+        """What the budget would take."""
+        budget = self.budget()
+        if QUANTITIES.keys() & budget.keys():
+            return choose(proposals, budget, total)
+        return spend_damage(proposals, budget["damage"], decisive(self.goal(context), proposals))
 
     def _options(
         self, site: Site, model: Model, shapes: Mapping[str, tuple | None], costs: FormCosts, context: Context
@@ -131,10 +144,11 @@ class PruneGroups(Budgeted):
                 yield "taps", [{"form": "taps", "kept": count}], spread
 
     def _weighed(
-        self, site: Site, options: Sequence[_Option], covariance: np.ndarray | None, model: Model, context: Context
-    ) -> list[tuple[tuple[_Option, dict], float]]:
-        """Of each option the best setting, and the share of the layer's power that it loses."""
-        groups, orders, found = Groups(site.layer, site.layer.matrix, covariance), {}, []
+        self, site: Site, options: Sequence[_Option], met: Moments | None, model: Model, context: Context
+    ) -> list[tuple[_Option, dict, np.ndarray, float]]:
+        """Of each option the best setting, what it keeps of the patch, and what share of its power the layer loses."""
+        covariance, ridge = (None, 0.0) if met is None else met[1:]
+        groups, orders, found = Groups(site.layer, site.layer.matrix, covariance, ridge), {}, []
         for option in options:
             form = option.settings[0]["form"]
             if form != "crop" and form not in orders:
@@ -147,9 +161,9 @@ class PruneGroups(Budgeted):
                 else:
                     gone_first, parts = orders[form]
                     kept = kept_of(gone_first, parts, int(setting["kept"]))
-                tried.append((groups.lost(kept), number))
-            error, number = min(tried)
-            found.append(((option, dict(option.settings[number])), error))
+                tried.append((groups.lost(kept), number, kept))
+            error, number, kept = min(tried, key=lambda each: each[:2])
+            found.append((option, dict(option.settings[number]), kept, error))
         return found
 
     def _order(
@@ -189,7 +203,7 @@ class PruneGroups(Budgeted):
         self, model: Model, site: Site, setting: Mapping[str, Any], seen: Seen | None, context: Context
     ) -> None:
         """Put a form in a layer's place: which groups it keeps is decided by what the layer meets now."""
-        layer, matrix, covariance = site.layer, site.layer.matrix, None
+        layer, matrix, covariance, ridge = site.layer, site.layer.matrix, None, 0.0
         if seen is not None and seen.patches.shape[1] <= WIDEST:
             covariance, ridge = metric(seen.patches, seen.mean)
             matrix = regression(layer, seen, covariance, ridge)
@@ -197,7 +211,7 @@ class PruneGroups(Budgeted):
             kept = columns(layer, setting)
         else:
             count = int(setting["kept"])
-            groups = Groups(layer, matrix, covariance)
+            groups = Groups(layer, matrix, covariance, ridge)
             gone_first, parts = self._order(site, setting["form"], groups, count, model, context)
             kept = kept_of(gone_first, parts, count)
         kept = by_tap(layer, kept) if setting["form"] == "taps" else kept

@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 
 from effc.passes._elimination import Reader, compensated, eliminate
+from effc.passes._factors import Layer
+from effc.passes._group_saliency import Groups
+from effc.passes._reconstruction import metric
 
 EXACT = 1e-8  # relative, in double precision
 
@@ -88,3 +91,22 @@ def test_a_unit_that_repeats_another_goes_for_nothing():
 def test_so_many_stay_as_have_to():
     order, errors = eliminate([reader(6)], 6, least=4)
     assert len(order) == 2 and len(errors) == 3
+
+
+def test_dead_units_are_free():
+    """Nothing reads units 1 and 4, and what units 2 and 6 make never changes: no error, and they go first."""
+    rng = np.random.default_rng(3)
+    inputs = rng.standard_normal((300, 8)) @ rng.standard_normal((8, 8))
+    inputs[:, [2, 6]] = 5.0, -3.0
+    weights = rng.standard_normal((4, 8))
+    weights[:, [1, 4]] = 0
+    weights[:, [2, 6]] *= 100
+    spread, ridge = metric(inputs.astype(np.float32), inputs.mean(axis=0))
+    of = Reader(weights, spread, [np.array([u]) for u in range(8)], ridge=ridge)
+    order, errors = eliminate([of], 8)
+    assert set(order[:4].tolist()) == {1, 2, 4, 6}
+    assert not errors[:5].any() and errors[5, 0] > 1e-3
+    with_ridge, _ = eliminate([Reader(weights, spread, of.columns)], 8)
+    assert set(with_ridge[:4].tolist()) != {1, 2, 4, 6}
+    groups = Groups(Layer(weights[:, :, None, None]), weights, spread, ridge)
+    assert groups.lost(np.array([0, 3, 5, 7])) == pytest.approx(0, abs=1e-12)
