@@ -10,11 +10,13 @@ from sklearn.datasets import load_digits
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.neural_network import MLPClassifier
 
+import effc.guard
 from effc import api
 from effc.capture import from_proto
 from effc.cost import cost
 from effc.errors import BadInput
-from effc.history import KEPT, History
+from effc.history import KEPT, UNDONE, History
+from effc.measure import Latency
 from tests.networks import NETWORKS, Net, distance, feeds, run
 
 SAMPLES = 64
@@ -159,3 +161,43 @@ def test_digits_keep_their_accuracy():
 
 def _weight(proto: onnx.ModelProto, name: str) -> onnx.TensorProto:
     return next(t for t in proto.graph.initializer if t.name == name)
+
+
+PRUNED = {
+    "prune-channels": "plain", "prune-blocks": "residual", "prune-groups": "plain", "low-rank": "plain",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRUNED)
+@pytest.mark.parametrize("ratio", [1.3, 0.7])
+def test_a_pruned_model_that_is_not_faster_is_refused(name, ratio, monkeypatch):
+    """By what is measured, which is made up here: the stage is undone, and the model is what it was."""
+    proto = NETWORKS[PRUNED[name]]()
+
+    def measured(before, after, inputs, **options):
+        return Latency(2.0, 2 * ratio, ratio, ratio - 0.001, ratio + 0.001, 9, 1, 1)
+
+    monkeypatch.setattr(effc.guard, "compare", measured)
+    recipe = f"{name}{{damage=2.0}}" if name == "prune-blocks" else f"{name}{{damage=2.0, min_gain=1}}"
+    recipe = "prune-channels{damage=2.0}" if name == "prune-channels" else recipe
+    monkeypatch.setattr(effc.guard.Guard, "foresees", lambda self, lossy: False)  # measured, not predicted
+    found = api.optimize(proto, recipe, calibrate=images(proto))  # for this machine: another's is not measured
+    (stage,) = found.history.stages
+    if ratio > 1:
+        assert stage.status == UNDONE and stage.reason.startswith("slower: 2.600 ms against 2.000 ms, 1.30x")
+        assert not any(t.dims != u.dims for t, u in zip(
+            found.model.proto().graph.initializer, from_proto(proto).proto().graph.initializer, strict=True
+        ))  # fmt: skip
+    else:
+        assert stage.status == KEPT and found.model.nbytes() < from_proto(proto).nbytes()
+
+
+def test_without_data_what_is_a_constant_is_not_lost():
+    """A filter of zeros makes its bias: the bias behind takes it, so removing it changes nothing."""
+    net = Net("constant")
+    x = net.relu(net.conv(net.input("x", ["N", 3, 8, 8]), 3, 8, 3, name="a", bias=True))
+    net.output(net.conv(x, 8, 6, 3, name="b", bias=True), ["N", 6, 4, 4])
+    net.weights["a.weight"][[1, 4]], net.weights["a.bias"][[1, 4]] = 0, (2.0, 3.0)
+    proto = net.model()
+    found = optimize(proto, "prune-channels{macs=0.76}")
+    assert shapes(found)["a.weight"][0] == 6 and off(proto, found) <= 1e-5

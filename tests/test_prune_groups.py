@@ -248,6 +248,20 @@ def test_shares_are_held(share):
     assert cost(small.model).total.weight_bytes <= 1.02 * share * cost(before).total.weight_bytes
 
 
+@pytest.mark.parametrize("share", [0.85, 0.7, 0.5])
+def test_what_producers_save_is_counted(share):
+    """In a chain each layer is made narrower by the one behind: what is chosen is what is reached, to a step of 8."""
+    net = Net("chain")
+    x = net.input("x", ["N", 3, 12, 12])
+    for number, (n, d) in enumerate(((3, 32), (32, 48), (48, 64), (64, 64))):
+        x = net.relu(net.conv(x, n, d, 3, name=f"c{number}", bias=True, pads=[1] * 4))
+    net.head(x, 64)
+    proto = net.model()
+    found = optimize(proto, f"prune-groups{{forms=[channels], macs={share}}}")
+    reached = cost(found.model).total.macs / cost(from_proto(proto)).total.macs
+    assert share - 0.1 <= reached <= share * 1.02
+
+
 def test_only_stated_forms_are_made():
     proto = network(random(16, 32, 3, 3), pads=[1] * 4)
     for form in ("crop", "channels", "taps"):
