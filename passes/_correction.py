@@ -19,7 +19,7 @@ from effc.removal import mute_units
 
 from ._elimination import Reader, eliminate
 from ._observed import aims, in_order
-from ._reconstruction import WIDEST, Seen, metric, refit, regression
+from ._reconstruction import WIDEST, Seen, refit, regression
 from ._refit import renew
 from ._sites import Site, find
 from ._unit_order import columns_of
@@ -95,8 +95,8 @@ class Correction:
 
 def _worst(site: Site, seen: Seen, group: Coupled, columns: Sequence[np.ndarray], count: int) -> np.ndarray:
     """So many units of a group that a layer misses least."""
-    spread, ridge = metric(seen.patches, seen.mean)
-    matrix = regression(site.layer, seen, spread, ridge)
+    spread, ridge = seen.moments
+    matrix = regression(site.layer, seen)
     through = ((seen.wanted > seen.low) & (seen.wanted < seen.high)).mean(axis=0)
     reader = Reader(matrix * np.sqrt(through)[:, None], spread, columns, ridge=ridge)
     order, _ = eliminate([reader], group.count, group.count - count)

@@ -60,6 +60,11 @@ class Seen:
         mean = self.patches.mean(axis=0, dtype=np.float64)
         return mean if self.biased else np.zeros_like(mean)
 
+    @cached_property
+    def moments(self) -> tuple[np.ndarray, float]:
+        """`metric` of the patches about their mean."""
+        return metric(self.patches, self.mean)
+
 
 def metric(rows: np.ndarray, mean: np.ndarray) -> tuple[np.ndarray, float]:
     """Covariance [D, D] of rows [S, D] about a mean [D], a ridge added, and the ridge.
@@ -94,8 +99,8 @@ def reconstruct(
     if seen.patches.shape[1] > WIDEST:
         factors = kind(layer, None, seed).fit(setting)
         return factors, seen.target.mean(axis=0, dtype=np.float64) * seen.biased - _matrix(factors) @ seen.mean
-    spread, ridge = metric(seen.patches, seen.mean)
-    full = regression(layer, seen, spread, ridge)
+    spread, ridge = seen.moments
+    full = regression(layer, seen)
     aim = replace(layer, weight=full.reshape(layer.weight.shape))
     factors = kind(aim, spread, seed).fit(setting)
     target = seen.target
@@ -119,9 +124,9 @@ def refit(
     if seen.patches.shape[1] > WIDEST:
         matrix, target = layer.matrix[:, kept], seen.target
     else:
-        spread, ridge = metric(seen.patches, seen.mean)
+        spread, ridge = seen.moments
         inside = spread[np.ix_(kept, kept)]
-        matrix = regression(layer, seen, spread, ridge)
+        matrix = regression(layer, seen)
         if len(kept) < len(spread):  # of what the best makes, the part that the kept numbers tell
             matrix = cho_solve(cho_factor(inside), spread[kept] @ matrix.T).T
         target = seen.target
@@ -138,8 +143,9 @@ def _matrix(factors: Factors) -> np.ndarray:
     return last if len(factors) == 1 else last @ features(factors)
 
 
-def regression(layer: Layer, seen: Seen, spread: np.ndarray, ridge: float) -> np.ndarray:
+def regression(layer: Layer, seen: Seen) -> np.ndarray:
     """The matrix [N, D] that predicts the target best, held to the weights by the ridge."""
+    spread, ridge = seen.moments
     off = seen.patches - seen.mean.astype(np.float32)
     target = seen.target - seen.target.mean(axis=0) * seen.biased
     cross = (target.T @ off).astype(np.float64) / len(off)

@@ -30,7 +30,7 @@ from ._forms import OPSET, by_tap, columns, emit, of_channels, settle
 from ._group_saliency import Groups, Saliency, kept_of, windows
 from ._observed import Moments, aims, in_order, moments, sizes
 from ._producers import Producers, priced
-from ._reconstruction import WIDEST, Seen, metric, refit, regression
+from ._reconstruction import WIDEST, Seen, refit, regression
 from ._sites import Site, find, known
 from ._split_damage import USUAL, sensitivity, worth
 from ._weight_saliency import curvature
@@ -205,8 +205,8 @@ class PruneGroups(Budgeted):
         """Put a form in a layer's place: which groups it keeps is decided by what the layer meets now."""
         layer, matrix, covariance, ridge = site.layer, site.layer.matrix, None, 0.0
         if seen is not None and seen.patches.shape[1] <= WIDEST:
-            covariance, ridge = metric(seen.patches, seen.mean)
-            matrix = regression(layer, seen, covariance, ridge)
+            covariance, ridge = seen.moments
+            matrix = regression(layer, seen)
         if setting["form"] == "crop":
             kept = columns(layer, setting)
         else:
