@@ -29,6 +29,8 @@ from effc.evaluate import class_labels
 if TYPE_CHECKING:
     import torch
 
+    from effc.proximal import Shrinkage
+
 EXPLODED = 1e3  # times the loss at the start, or times 1 where that was less
 Optimizer = Literal["sgd", "adam"]
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -102,6 +104,7 @@ class Finetune:
         held_out: what judges epochs; no sample of `data`.
         wanted: the teachers' outputs for feeds, or None.
         labels: whether the data's labels count.
+        shrinkage: what follows each step; but for the start, no state is kept before its goal is reached.
         device: "cpu" or "cuda".
         checkpoint: file to which each epoch's end is written, and from which training goes on where there is one.
         key: what the checkpoint must have been made with.
@@ -110,13 +113,13 @@ class Finetune:
     def __init__(
         self, view: Any, inputs: Sequence[str], outputs: Sequence[str], data: Data, held_out: Data, loss: Loss,
         schedule: Schedule, *, features: Sequence[str] = (), wanted: Wanted | None = None,
-        labels: bool = False, device: str = "cpu", seed: int = 0, checkpoint: Path | None = None, key: str = "",
-        progress: Progress = no_progress,
+        labels: bool = False, shrinkage: Shrinkage | None = None, device: str = "cpu", seed: int = 0,
+        checkpoint: Path | None = None, key: str = "", progress: Progress = no_progress,
     ) -> None:  # fmt: skip
         self.view, self.inputs, self.outputs, self.features = view, inputs, outputs, features
         self.data, self.held_out, self.loss, self.schedule = data, held_out, loss, schedule
         self.wanted, self.labels, self.device, self.seed = wanted, labels, device, seed
-        self.checkpoint, self.key, self.progress = checkpoint, key, progress
+        self.checkpoint, self.key, self.progress, self.shrinkage = checkpoint, key, progress, shrinkage
         self.fitted = Fitted()
         self._best: dict[str, torch.Tensor] = {}
 
@@ -137,13 +140,14 @@ class Finetune:
             if schedule.optimizer == "sgd"
             else torch.optim.AdamW(self._groups(), lr=rate)
         )
-        start = self._resumed(optimizer)
+        start, steps = self._resumed(optimizer), sum(1 for _ in self._sizes())
+        if self.shrinkage is not None:
+            self.shrinkage.resume(start / max(schedule.epochs, 1))
         if not self.fitted.scores:
             self._judge()
             if not math.isfinite(self.fitted.scores[0][1]):
                 raise BadInput("the loss of the model as it is given is no number: check the data and the teacher")
             self._save(0, optimizer)  # a place that cannot be written to shows before any training
-        steps = sum(1 for _ in self._sizes())
         for epoch in range(start, schedule.epochs):
             if (why := self._epoch(epoch, steps, optimizer)) is not None:
                 self.fitted.ended = f"{why} in epoch {epoch + 1}; a lower learning rate may help"
@@ -151,7 +155,7 @@ class Finetune:
             self._judge()
             self._save(epoch + 1, optimizer)
             late = schedule.patience is not None and epoch + 1 - self.fitted.best >= schedule.patience
-            if late and epoch + 1 < schedule.epochs:
+            if late and self._counts(epoch + 1) and epoch + 1 < schedule.epochs:
                 self.fitted.ended = f"no better state in {schedule.patience} epochs"
                 break
         view.load_state_dict(self._best)
@@ -203,6 +207,8 @@ class Finetune:
             if not math.isfinite(float(norm)):
                 return f"gradients became {float(norm):.3g}"
             optimizer.step()
+            if self.shrinkage is not None:
+                self.shrinkage.step(epoch * steps + number, self.schedule.epochs * steps)
             total, count = total + value * size, count + size
             advance(size)
         self.fitted.losses.append(total / max(count, 1))
@@ -273,9 +279,15 @@ class Finetune:
 
     def _better(self) -> bool:
         (own, loss), (before, least) = self.fitted.scores[-1], self.fitted.scores[self.fitted.best]
-        if not math.isfinite(loss):
+        if not self._counts(len(self.fitted.scores) - 1) or not math.isfinite(loss):
             return False
+        if not self._counts(self.fitted.best):
+            return True
         return (own, -loss) > (before, -least) if own is not None and before is not None else loss < least
+
+    def _counts(self, epoch: int) -> bool:
+        """Whether the state after an epoch is one to keep."""
+        return self.shrinkage is None or self.shrinkage.settled(epoch / self.schedule.epochs)
 
     def _precision(self) -> Any:
         import torch

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -31,6 +31,7 @@ from effc.evaluate import Score, are_probabilities, evaluate
 from effc.finetune import Finetune, Fitted, Optimizer, Precision, Schedule, Wanted, device, torch_threads
 from effc.model import Model, constant_tensor
 from effc.piecewise import By, rewritten, train_parts
+from effc.proximal import Shrinkage
 from effc.reestimate import reestimate
 from effc.runtime import Session
 from effc.target import find as find_target
@@ -98,7 +99,7 @@ class Recover(Pass):
     ] = None
 
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
-        _data(context)
+        _data(context, self.name)
         nodes = [node.name or "" for node in model.graph if any(map(_trainable, node.inputs))]
         why = _obstacle(model)
         yield from (Skipped(node, why) for node in nodes if why)
@@ -110,13 +111,19 @@ class Recover(Pass):
             context.say(note)
 
 
-def recover(model: Model, how: Recover, context: Context) -> list[str]:
+def recover(
+    model: Model, how: Recover, context: Context,
+    shrinkage: Callable[[Mapping[str, Any]], Shrinkage] | None = None,
+) -> list[str]:  # fmt: skip
     """Train a model's weights in place; what is worth telling, one sentence each.
+
+    Args:
+        shrinkage: makes what follows each step, from the trained weights by name; for by=whole.
 
     Raises:
         BadInput: PyTorch is not installed, the model holds an operator that cannot be trained, data do not fit.
     """
-    trainer, data = registry.trainer(), _data(context).for_model(model)
+    trainer, data = registry.trainer(), _data(context, how.name).for_model(model)
     if why := _obstacle(model):
         raise BadInput(why)
     for teacher in context.teachers:
@@ -139,7 +146,8 @@ def recover(model: Model, how: Recover, context: Context) -> list[str]:
         reestimate(view, inputs, rest.shuffled(context.seed), how.batch, how.reestimate)
         training = Finetune(
             view, inputs, outputs, rest, held_out, loss, _schedule(how), features=features, wanted=wanted,
-            labels=labelled, device=device(how.device), seed=context.seed, key=_key(model, how, context),
+            labels=labelled, shrinkage=None if shrinkage is None else shrinkage(trainer.weights(view)),
+            device=device(how.device), seed=context.seed, key=_key(model, how, context),
             checkpoint=None if how.checkpoint is None else Path(how.checkpoint), progress=context.progress,
         )  # fmt: skip
         fitted = training.run()
@@ -203,9 +211,9 @@ def train(
     return Recovered(trained, tuple(notes), scores)
 
 
-def _data(context: Context) -> Data:
+def _data(context: Context, name: str) -> Data:
     if context.training is None:
-        raise BadInput("recover needs training data: give --train SPEC (Python: train=...)")
+        raise BadInput(f"{name} needs training data: give --train SPEC (Python: train=...)")
     return context.training
 
 
@@ -291,7 +299,8 @@ def _told(fitted: Fitted, how: Recover, samples: int) -> str:
     (before, start), (after, best) = fitted.scores[0], fitted.scores[fitted.best]
     share = "" if before is None or after is None else f", top-1 {100 * before:.2f} to {100 * after:.2f} %"
     said = (
-        f"recover: loss {start:.4g} to {best:.4g}{share} on {samples} held-out samples, best after epoch {fitted.best}"
+        f"{how.name}: loss {start:.4g} to {best:.4g}{share} on {samples} held-out samples, best after epoch "
+        f"{fitted.best}"
     )
     ended = f"; {fitted.ended}: the best state so far was kept" if fitted.ended else f" of {how.epochs}"
     return said + ended
