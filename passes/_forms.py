@@ -47,6 +47,32 @@ def by_tap(layer: Layer, kept: np.ndarray) -> np.ndarray:
     return kept[np.lexsort((kept // layer.taps, kept % layer.taps))]
 
 
+def nonzero(layer: Layer) -> np.ndarray:
+    """[C kh kw] which groups hold anything but zeros; the first, where none does."""
+    there = np.count_nonzero(layer.matrix, axis=0) > 0
+    return there if there.any() else np.arange(len(there)) == 0
+
+
+def without_zeros(layer: Layer, form: str, there: np.ndarray) -> tuple[Setting, np.ndarray]:
+    """The least that a form can read of groups that are not zero: its setting, and the groups as `emit` takes them.
+
+    Args:
+        there: what `nonzero` says.
+    """
+    place = there.reshape(layer.inputs, *layer.kernel)
+    if form == "crop":
+        rows, cols = (np.flatnonzero(place.any(axis=axes)) for axes in ((0, 2), (0, 1)))
+        setting = {
+            "form": form, "top": int(rows[0]), "left": int(cols[0]),
+            "height": int(rows[-1] - rows[0] + 1), "width": int(cols[-1] - cols[0] + 1),
+        }  # fmt: skip
+        return setting, columns(layer, setting)
+    if form == "channels":
+        own = np.flatnonzero(place.any(axis=(1, 2)))
+        return {"form": form, "kept": len(own)}, of_channels(layer, own)
+    return {"form": form, "kept": int(there.sum())}, by_tap(layer, np.flatnonzero(there))
+
+
 def emit(model: Model, site: Site, form: str, kept: np.ndarray, matrix: np.ndarray, bias: np.ndarray | None) -> None:
     """Put a form in the place of a convolution.
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import onnx_ir as ir
 
-from effc.channels import Channels, Group, channels
+from effc.channels import Channels, Group, Place, channels
 from effc.contract import Context
 from effc.cost import Cost
 from effc.layers import WEIGHTED, dilations, pads, strides
@@ -65,6 +65,22 @@ def prunable(model: Model) -> Iterator[Coupled | tuple[str, str]]:
             yield name, "it is a single unit, and one has to stay"
         else:
             yield Coupled(name, group, makers, _layers(group, by_weight, reads=True))
+
+
+def unread(model: Model, group: Coupled) -> list[int]:
+    """Units of a group whose every reader has nothing but zeros for them; all but the first, where that is all."""
+    found = []
+    for unit in group.group.units:
+        read = [place for place in group.group.places if place.reads]
+        if not any(_rows(model, place, unit).any() for place in read):
+            found.append(unit)
+    return found if len(found) < group.count else found[1:]
+
+
+def _rows(model: Model, place: Place, unit: int) -> np.ndarray:
+    """What a weight holds along one unit."""
+    weight = model.graph.initializers[place.weight].const_value.numpy()
+    return np.compress(channels(model).weights[place] == unit, weight, place.axis)
 
 
 def _layers(group: Group, by_weight: Mapping[str, list[ir.Node]], *, reads: bool) -> tuple[str, ...]:

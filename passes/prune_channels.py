@@ -5,7 +5,8 @@ unit costs what the least-squares residuals of the layers that read it rise by w
 for it (`_elimination`). What that hurts is measured on calibration data, what it saves is counted or predicted on the
 target, and the budget is spent over all groups at once. Then layer by layer, in order: units are chosen by what the
 layer gets behind layers that are pruned already, and its weights and bias are fitted anew to what the original makes.
-Other saliencies rank units without looking at what stays (`_saliency`).
+Other saliencies rank units without looking at what stays (`_saliency`). Units that every layer reads with zeros, as
+`group-lasso` leaves them, can go alone and exactly (`zeros`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ._observed import sizes
 from ._prune_path import Choice, Step, path, ranked, steps_of
 from ._unit_order import Order, by_reconstruction
 from ._unit_saliency import by_saliency
-from ._widths import Coupled, Widths, less, prunable
+from ._widths import Coupled, Widths, less, prunable, unread
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,21 @@ class PruneChannels(Budgeted):
         bool, Field(description="fit the layers that read what was pruned anew, from calibration data")
     ] = True
     nonlinear: Annotated[bool, Field(description="fit what comes out behind the activation")] = True
+    zeros: Annotated[
+        bool, Field(description="units that nothing reads with anything but zeros go and no others, exactly; no budget")
+    ] = False
     multiple: Annotated[
         int | None, Field(ge=1, description="units left are multiples of it; None: as kernels like")
     ] = None
     most: Annotated[float, Field(gt=0, lt=1, description="share of the units of a group to remove at most")] = 0.9
 
+    def bounded(self, given: Mapping[str, float]) -> bool:
+        return super().bounded(given) or self.zeros
+
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
+        if self.zeros:
+            yield from self._without_zeros(model, context)
+            return
         if context.calibration is None and not QUANTITIES.keys() & self.budget().keys():
             raise BadInput(
                 "prune-channels needs calibration data (--calibrate SPEC; Python: calibrate=...) to tell what it "
@@ -96,6 +106,22 @@ class PruneChannels(Budgeted):
             if group.name not in reached and len(choices[group.name].sizes) > 1:
                 yield Skipped(group.name, "the budget does without it" if budget else "nothing is saved by fewer units")
 
+    def _without_zeros(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
+        if given := self.budget().keys() - {"max_drop"}:
+            raise BadInput(f"zeros=true takes what is zero, and no budget: leave out {', '.join(sorted(given))}")
+        groups = [item for item in prunable(model) if isinstance(item, Coupled)]
+        yield from (Skipped(*item) for item in prunable(model) if isinstance(item, tuple))
+        widths = Widths(model, groups, sizes(model, context), context, timed=context.goal == "latency")
+        steps = []
+        for group in groups:
+            left = group.count - len(unread(model, group))
+            if left == group.count:
+                yield Skipped(group.name, "none of its units is read with zeros alone")
+                continue
+            steps.append(Step(group.name, left, widths.saving(group.name, left), 0.0))
+            widths.left[group.name] = left
+        yield from _proposals(steps, groups, context.costs(model).nodes, only_last=True, scaled=True)
+
     def _orders(self, model: Model, groups: Sequence[Coupled], shapes: Mapping, context: Context) -> dict[str, Order]:
         """In which order units of each group go, and what it does."""
         digest = None if context.calibration is None else context.calibration.digest
@@ -122,6 +148,9 @@ class PruneChannels(Budgeted):
     def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
         left = {p.site: int(p.setting["units"]) for p in chosen}
         groups = [item for item in prunable(model) if isinstance(item, Coupled)]
+        if self.zeros:
+            remove_units(model, {unit for g in groups if g.name in left for unit in unread(model, g)})
+            return
         shapes = sizes(model, context)
         orders = self._orders(model, groups, shapes, context)
         groups = [group for group in groups if group.name in left]

@@ -4,7 +4,8 @@ What is left is dense: a smaller kernel, fewer channels, or a thinned patch matr
 (`_forms`; Lebedev and Lempitsky, "Fast ConvNets using group-wise brain damage", CVPR 2016). Each layer gets the form
 and the number of groups that pay best: what a form takes is predicted on the target, what it hurts is measured on
 calibration data. Then the layers are fitted one after another: which groups stay is decided by what the others can
-make up for, and their weights by least squares, inputs from the pruned prefix, targets from the original.
+make up for, and their weights by least squares, inputs from the pruned prefix, targets from the original. Groups that
+are zero already, as `group-lasso` leaves them, can go alone and exactly (`zeros`).
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from pydantic import Field
 from effc.choose import GOALS, IN_WORDS, QUANTITIES, choose, decisive, spend_damage
 from effc.contract import Budgeted, Context, Proposal, Skipped
 from effc.cost import Cost
+from effc.errors import BadInput
 from effc.layers import constant_weight
 from effc.model import Model
 from effc.walk import Walk, samples
 
 from ._form_costs import FormCosts, place_of, scaled
-from ._forms import OPSET, by_tap, columns, emit, of_channels, settle
+from ._forms import OPSET, by_tap, columns, emit, nonzero, of_channels, settle, without_zeros
 from ._group_saliency import Groups, Saliency, kept_of, windows
 from ._observed import Moments, aims, in_order, moments, sizes
 from ._producers import Producers, priced
@@ -54,11 +56,19 @@ class PruneGroups(Budgeted):
         tuple[Literal["crop", "channels", "taps"], ...], Field(description="what may be left of a layer")
     ] = ("crop", "channels", "taps")
     nonlinear: Annotated[bool, Field(description="fit what comes out behind the activation")] = True
+    zeros: Annotated[
+        bool, Field(description="groups that are zero go and no others, exactly; takes no budget but max_drop")
+    ] = False
     min_gain: Annotated[
         float, Field(ge=1, description="how many times cheaper a layer must get, as predicted, to be rewritten")
     ] = 1.1
 
+    def bounded(self, given: Mapping[str, float]) -> bool:
+        return super().bounded(given) or self.zeros
+
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
+        if self.zeros and (given := self.budget().keys() - {"max_drop"}):
+            raise BadInput(f"zeros=true takes what is zero, and no budget: leave out {', '.join(sorted(given))}")
         shapes = sizes(model, context)
         timed = self.speedup is not None or self.goal(context) == "latency"
         costs = FormCosts(context, timed=timed)
@@ -68,6 +78,10 @@ class PruneGroups(Budgeted):
             found = site if isinstance(site, str) else self._options(site, model, shapes, costs, context)
             if isinstance(found, str):
                 yield Skipped(node.name, found)
+            elif self.zeros:
+                before, best = context.cost_of(model, [node.name]), found[0]
+                after = scaled(best.own, best.whole, before)
+                yield Proposal(node.name, (node.name,), dict(best.settings[0]), before, after, 0.0)
             else:
                 planned.append((node, context.cost_of(model, [node.name]), found))
         walk, reference = None, []
@@ -112,14 +126,18 @@ class PruneGroups(Budgeted):
         quantity = GOALS[self.goal(context)]
         quantity = quantity if getattr(whole, quantity) else "macs"
         found, best = [], (0.0, "")
-        for form, settings, kept in self._candidates(site, model):
+        if self.zeros and nonzero(site.layer).all():
+            return "none of its groups is zero"
+        candidates = self._zero if self.zeros else self._candidates
+        for form, settings, kept in candidates(site, model):
             own = costs.of(site, place, form, kept)
             gain = getattr(whole, quantity) / max(getattr(own, quantity), 1e-30)
             best = max(best, (gain, form))
             if gain >= self.min_gain:
-                found.append(_Option(settings, whole, own))
+                found.append((gain, _Option(settings, whole, own)))
         if found:
-            return found
+            found.sort(key=lambda pair: -pair[0])  # what pays best first
+            return [option for _, option in found]
         if not best[1]:
             kernel = " x ".join(map(str, site.layer.kernel))
             return f"none of the forms {', '.join(self.forms)} is there for a {kernel} kernel at opset {model.opset}"
@@ -142,6 +160,16 @@ class PruneGroups(Budgeted):
             for count in sorted({round(s * size) for s in SHARES["taps"]} - {0}, reverse=True):
                 spread = by_tap(layer, np.linspace(0, size - 1, count).round().astype(int))
                 yield "taps", [{"form": "taps", "kept": count}], spread
+
+    def _zero(self, site: Site, model: Model) -> Iterator[tuple[str, list[dict], np.ndarray]]:
+        """Forms without groups that are zero, and the groups that they read."""
+        layer, there = site.layer, nonzero(site.layer)
+        for form in self.forms:
+            if model.opset < OPSET and form != "crop":
+                continue
+            setting, kept = without_zeros(layer, form, there)
+            if len(kept) < len(there):
+                yield form, [dict(setting)], kept
 
     def _weighed(
         self, site: Site, options: Sequence[_Option], met: Moments | None, model: Model, context: Context
@@ -187,7 +215,7 @@ class PruneGroups(Budgeted):
     def _rewrite(self, model: Model, settings: Mapping[str, Mapping[str, Any]], context: Context) -> None:
         shapes = sizes(model, context)
         nodes = [node for node in model.nodes("Conv") if node.name in settings]
-        if context.calibration is None:
+        if context.calibration is None or self.zeros:
             for node in nodes:
                 self._replace(model, known(model, node, shapes), settings[node.name], None, context)
             return
@@ -204,6 +232,10 @@ class PruneGroups(Budgeted):
     ) -> None:
         """Put a form in a layer's place: which groups it keeps is decided by what the layer meets now."""
         layer, matrix, covariance, ridge = site.layer, site.layer.matrix, None, 0.0
+        if self.zeros:
+            kept = without_zeros(layer, str(setting["form"]), nonzero(layer))[1]
+            emit(model, site, setting["form"], kept, matrix[:, kept], None)
+            return
         if seen is not None and seen.patches.shape[1] <= WIDEST:
             covariance, ridge = seen.moments
             matrix = regression(layer, seen)
