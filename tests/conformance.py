@@ -46,6 +46,7 @@ OPTIONS: dict[str, list[str]] = {
     "prune-channels": [
         "prune-channels{saliency=l2, correct=false, nonlinear=false, multiple=2, most=0.5, macs=0.7}",
         "prune-channels{scope=layer, labels=true, size=0.5, speedup=1.5, damage=0.1, max_drop=0.25}",
+        "prune-channels{zeros=true}",
     ],
     "prune-blocks": [
         "prune-blocks{count=2, correct=false}",
@@ -54,12 +55,19 @@ OPTIONS: dict[str, list[str]] = {
     "prune-groups": [
         "prune-groups{saliency=l1, forms=[crop, taps], nonlinear=false, min_gain=1.5}",
         "prune-groups{macs=0.5, size=0.5, speedup=1.5, damage=0.1, max_drop=0.25}",
+        "prune-groups{zeros=true}",
     ],
     "recover": [
         "recover{epochs=3, learning_rate=0.1, batch=8, labels=0.5, temperature=2, features=0.5, mean=geometric}",
         "recover{momentum=0.5, weight_decay=0.001, warmup=1, clip=1, patience=2, validation=0.25, augment=flip}",
         "recover{frozen_norms=true, keep_zeros=false, reestimate=4, device=cpu, checkpoint=a.pt}",
         "recover{by=block, optimizer=sgd}",
+    ],
+    "group-lasso": [
+        "group-lasso{sparsity=0.7, groups=channels, epochs=3, learning_rate=0.1, batch=8, labels=0.5, temperature=2}",
+        "group-lasso{features=0.5, mean=geometric, momentum=0.5, weight_decay=0.001, warmup=1, clip=1, patience=2}",
+        "group-lasso{validation=0.25, augment=flip, frozen_norms=true, keep_zeros=false, reestimate=4, device=cpu}",
+        "group-lasso{optimizer=sgd, checkpoint=a.pt}",
     ],
 }
 
@@ -71,6 +79,7 @@ RECIPES: dict[str, str] = {
     "prune-blocks": "prune-blocks{count=1}",
     "prune-groups": "prune-groups{macs=0.7}",
     "recover": "recover{epochs=1, batch=4, learning_rate=0.001, validation=0.25, reestimate=2}",
+    "group-lasso": "group-lasso{sparsity=0.2, epochs=1, batch=4, learning_rate=0.001, validation=0.25, reestimate=2}",
 }
 
 # Largest max|a - b| / max|a| of a lossy pass's outputs from the original's, on any of the networks. For recover,
@@ -83,12 +92,13 @@ BOUNDS: dict[str, float] = {
     "prune-groups": 1.0,
     "prune-weights": 0.5,
     "recover": 10.0,
+    "group-lasso": 10.0,
 }
 
 
 def pass_names() -> list[str]:
     """The passes that rewrite something themselves, and can do so here."""
-    left_out = {"repeat"} if find_spec("torch") else {"repeat", "recover"}
+    left_out = {"repeat"} if find_spec("torch") else {"repeat", "recover", "group-lasso"}
     return [name for name in registry.pass_names() if name not in left_out]
 
 

@@ -144,6 +144,7 @@ REFUSALS = [
     ("prune-groups", "depthwise", "node_dw", "it is depthwise"),
     ("recover", "control", "node_conv1", "trainable forms of local.Swish (node_swish) are unknown"),
     ("recover", "depthwise", "node_conv", "the model's batch is fixed at 1: training needs a free batch"),
+    ("group-lasso", "half", "node_conv1", "its weight is float16"),
     ("int8", "half", "node_conv1", "its weight is float16; float32 is lowered"),
     ("int8", "transformer", "node_matmul45", "its right operand is no constant"),
     ("int8", "two_outputs", "node_conv_left", "a batch norm follows it: run fold-batchnorm first"),
