@@ -1,16 +1,18 @@
 """Single weights pruned on MNIST: by damage or by size, in rounds with training, and Dense-Sparse-Dense.
 
-    python benchmarks/pruning_weights.py [obd|iterative|dsd|fitted ...] [--epochs 4] [--seeds 3] [--threads 2]
+    python benchmarks/pruning_weights.py [obd|groups|iterative|dsd|fitted ...] [--epochs 4] [--seeds 3] [--threads 2]
 
 Needs MNIST in $EFFC_DATA and the package torch. LeNet-5 is Caffe's (431,080 parameters), LeNet-300-100 has two hidden
 layers of these widths (266,610); both are trained here, from labels, with plain images.
 `obd`: LeNet-5 with so large a share of its weights set to zero and no training after that, on 5,000 training images:
 the divergence from what it said before, which half the sum of h w^2 predicts, and the rise of the cross entropy, for
-optimal brain damage, magnitude and chance (LeCun, Denker and Solla 1990, figures 1 and 2). `fitted`: the same at higher
-shares, what stays fitted to what layers meet, and with two of every four inputs. `iterative`: both networks pruned
-twelvefold in rounds (Han et al. 2015, table 1: errors from 1.64 to 1.59 % and from 0.80 to 0.77 %). `dsd`: trained,
-pruned by 30 %, trained, and trained dense again (Han et al. 2017), against the same number of epochs at the same rates
-without pruning.
+optimal brain damage, magnitude and chance (LeCun, Denker and Solla 1990, figures 1 and 2). `groups`: the same for
+groups of the second convolution's weights, all 50 filters at one place of one channel (Lebedev and Lempitsky 2016): by
+the sum of their sizes, by the diagonal of the curvature, by the curvature within groups, by chance, and with the groups
+that stay fitted to make up for those that go; means over networks. `fitted`: single weights at higher shares, what
+stays fitted to what layers meet, and with two of every four inputs. `iterative`: both networks pruned twelvefold in
+rounds (Han et al. 2015, table 1: errors from 1.64 to 1.59 % and from 0.80 to 0.77 %). `dsd`: trained, pruned by 30 %,
+trained, and trained dense again (Han et al. 2017), against the same number of epochs at the same rates without pruning.
 
 Errors are those on the test images of the folder. Exit status 1 when a mark is missed; they are listed at the end.
 """
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import sys
 import time
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -27,12 +30,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import effc
+from effc import edit
 from effc.compressed import compressed_size
-from effc.data import open_data
+from effc.data import Data, open_data
 from effc.evaluate import damage
 from effc.model import Model
+from effc.passes._elimination import Reader, compensated
+from effc.passes._factors import Layer
+from effc.passes._group_saliency import Groups
 from effc.recover import Recover, train
 from effc.registry import backend, trainer
+from effc.runtime import Slice
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SEEN, JUDGED = 4096, 5000  # images for saliencies, and to measure the loss on
@@ -138,6 +146,33 @@ class Bench(Marks):
             total += float(0.5 * np.sum(second * (before**2) * ((after == 0) & (before != 0))))
         return total
 
+    def groups(self) -> None:
+        """The second convolution of LeNet-5 with groups at zero: means over networks trained from several seeds."""
+        kinds = ("l1", "obd", "fisher", "random")
+        print(f"\nLeNet-5, groups of the second convolution, {self.seeds} networks; ", end="")
+        print("in 1e-6 nats: damage (rise of the cross entropy)\n")
+        names = ["L1", "OBD, predicted", "OBD", "within groups, predicted", "within groups", "random", "fitted"]
+        print(f"| groups removed | {' | '.join(names)} |\n{'| --- ' * (len(names) + 1)}|")
+        rows = [[] for _ in SHARES]
+        for seed in range(self.seeds):
+            model = self.dense("LeNet-5", seed)
+            conv = Second(model, open_data(f"{data_file('mnist-train')}{{limit={SEEN}}}"), seed)
+            start, wanted = self.loss(model), self._judged(model)[0]
+            for row, share in zip(rows, SHARES, strict=True):
+                gone = round(share * conv.count)
+                removed = [conv.without(conv.order(kind)[:gone]) for kind in kinds]
+                removed.append(conv.fitted(conv.order("reconstruction")[:gone]))
+                hurt = [damage([{"y": self._judged(m)[0]}], [{"y": wanted}]) for m in removed]
+                rises = [self.loss(m) - start for m in removed]
+                predicted = [conv.worth(kind)[conv.order(kind)[:gone]].sum() for kind in ("obd", "fisher")]
+                row.append([*hurt, *rises, *predicted])
+        for share, row in zip(SHARES, rows, strict=True):
+            l1, obd, fisher, chance, fitted, *rises, obd_told, fisher_told = 1e6 * np.mean(row, axis=0)
+            told = [f"{d:.0f} ({r:+.0f})" for d, r in zip((l1, obd, fisher, chance, fitted), rises, strict=True)]
+            told[1:3] = f"{obd_told:.0f}", told[1], f"{fisher_told:.0f}", told[2]
+            print(f"| {100 * share:.0f} % | {' | '.join(told)} |", flush=True)
+            self.at_most(f"{100 * share:.0f} % of groups: damage by curvature within groups, 1e-6", fisher, l1)
+
     def fitted(self) -> None:
         """What stays fitted, against what stays as it is."""
         model = self.dense("LeNet-5")
@@ -204,8 +239,80 @@ class Bench(Marks):
         print("| mean | " + " | ".join(f"{e:.2f} %" for e in np.mean(rows, axis=0)) + " |")
 
 
+class Second:
+    """Groups (c, i, j) of a network's second convolution: what they are worth, and the network without some.
+
+    `obd` adds up h w^2 / 2 over a group's weights; `fisher` is E (sum g w)^2 / 2 (Theis et al. 2018), the same with the
+    curvature between weights of one group; `reconstruction` is what the other groups cannot make up for.
+    """
+
+    def __init__(self, model: Model, data: Data, seed: int) -> None:
+        node = list(model.nodes("Conv"))[1]
+        self.model, self.name, self.seed = model, node.inputs[1].name, seed
+        self.weight = model.graph.initializers[self.name].const_value.numpy()
+        self.layer = Layer(self.weight.astype(float))
+        self.count = self.layer.matrix.shape[1]
+        self._feeds = [b.feeds for b in data.for_model(model).batches(256)]
+        self._reads = node.inputs[0].name
+        self._worth: dict[str, np.ndarray] = {}
+        self._orders: dict[str, np.ndarray] = {}
+
+    def worth(self, kind: str) -> np.ndarray:
+        """[groups] predicted damage; asked for once."""
+        if kind not in self._worth:
+            self._worth[kind] = self._weighed(kind)
+        return self._worth[kind]
+
+    def _weighed(self, kind: str) -> np.ndarray:
+        view = trainer().view(self.model)
+        if kind == "obd":
+            h = trainer().curvature(view, self._feeds)[self.name].reshape(self.layer.matrix.shape)
+            return 0.5 * (h * self.layer.matrix**2).sum(axis=0)
+        units = np.broadcast_to(np.arange(self.count).reshape(1, *self.weight.shape[1:]), self.weight.shape)
+        return 0.5 * trainer().gradients(view, self._feeds[:2], units=[Slice(self.name, None, units)]).fisher
+
+    @cached_property
+    def metric(self) -> np.ndarray:
+        """Second moments of patches."""
+        session = backend("onnxruntime").session(self.model, expose=[self._reads])
+        read = session.run({"input": self._feeds[0]["input"]})[self._reads].astype(float)
+        patches = np.lib.stride_tricks.sliding_window_view(read, self.layer.kernel, axis=(2, 3))
+        rows = patches.transpose(0, 2, 3, 1, 4, 5).reshape(-1, self.count)
+        found = rows.T @ rows / len(rows)
+        return found + 1e-6 * np.trace(found) / self.count * np.eye(self.count)
+
+    def order(self, kind: str) -> np.ndarray:
+        """In which they go; asked for once."""
+        if kind not in self._orders:
+            self._orders[kind] = self._ordered(kind)
+        return self._orders[kind]
+
+    def _ordered(self, kind: str) -> np.ndarray:
+        each = np.arange(self.count)[:, None]
+        if kind in ("obd", "fisher"):
+            return np.argsort(self.worth(kind), kind="stable")
+        groups = Groups(self.layer, self.layer.matrix, self.metric if kind == "reconstruction" else None)
+        return groups.order(kind, each, int(kind == "reconstruction"), None, [self.seed])
+
+    def without(self, gone: np.ndarray) -> Model:
+        matrix = self.layer.matrix.copy()
+        matrix[:, gone] = 0
+        return self._with(matrix)
+
+    def fitted(self, gone: np.ndarray) -> Model:
+        """The others make up for them by least squares."""
+        reader = Reader(self.layer.matrix, self.metric, np.arange(self.count)[:, None])
+        return self._with(compensated(reader, gone))
+
+    def _with(self, matrix: np.ndarray) -> Model:
+        clone = self.model.clone()
+        value = clone.graph.initializers[self.name]
+        edit.set_initializer(clone, value, matrix.reshape(self.weight.shape).astype(np.float32))
+        return clone
+
+
 def main() -> int:
-    parser = Parser(__doc__, ["obd", "fitted", "iterative", "dsd"])
+    parser = Parser(__doc__, ["obd", "groups", "fitted", "iterative", "dsd"])
     parser.add_argument("--epochs", type=int, default=4, help="of the first training")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--each", type=int, default=3, help="epochs of a round, and of each phase of dsd")
