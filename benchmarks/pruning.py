@@ -1,13 +1,16 @@
 """Pruned channels: what can go and that its removal is exact, what is left without training, and what training adds.
 
-    python benchmarks/pruning.py [exact|saliencies|latency|integers|recovery|deployed ...] [--networks resnet56]
+    python benchmarks/pruning.py [PART ...] [--networks resnet56] [--epochs 3] [--precision bfloat16]
 
 Needs networks and data in $EFFC_DATA. `exact`: units that can be removed of every network, and outputs with some of
 them removed against outputs with nothing reading them. `saliencies`: half of the multiply-accumulates, unit by each
 saliency, with and without fitting what stays. `latency`: what is left of latency and accuracy by predicted speed-ups.
 `integers`: pruned for the kernels of int8. `recovery`: pruned, then trained on the 25,000 training images with their
 labels, beside the original trained alike; `deployed`: the same, pruned for the kernels of int8 and lowered to them
-behind the training (both need the package torch).
+behind the training. `lasso`: groups that training brings to zero, taps and channels, half of them, then removed and
+trained on; beside groups chosen without training at as many multiply-accumulates, trained for as many epochs, and the
+original trained alike. `peers`: half of the multiply-accumulates by effc and by Torch-Pruning 1.6 (pip install --no-deps
+torch-pruning; left out where it is not there), latencies in one run. The last four need the package torch.
 
 Exit status 1 when a mark is missed; the marks are listed under the tables.
 """
@@ -36,13 +39,19 @@ from effc.removal import mute_units, remove_units
 EXACT, REACHED, POINTS = 1e-5, 0.9, 78.0  # marks: max|a - b| / max|a|, share of channels, top-1 at half the MACs
 NETWORKS = ("resnet56", "vgg-small")
 SALIENCIES = ("reconstruction", "fisher", "taylor", "obd", "l2", "l1", "geometric-median", "random")
+PEERED = (("reconstruction", "true"), *((s, "false") for s in ("l1", "l2", "taylor")))
 SPEEDUPS = (1.25, 1.5, 2.0)
+HOW = "labels=1, augment=flip-shift, batch=64, learning_rate=0.02"
+PARTS = ("exact", "saliencies", "latency", "integers", "recovery", "deployed", "lasso", "peers")
 CLASSES = 1000  # outputs of the light networks, which cannot go
 
 
 class Bench(Marks):
-    def __init__(self, networks: list[str], epochs: int, precision: str, threads: int) -> None:
+    def __init__(
+        self, networks: list[str], epochs: int, precision: str, images: int, peer_epochs: int, threads: int
+    ) -> None:
         self.networks, self.epochs, self.precision, self.threads = networks, epochs, precision, threads
+        self.images, self.peer_epochs = images, peer_epochs
         super().__init__()
 
     def exact(self) -> None:
@@ -114,12 +123,10 @@ class Bench(Marks):
 
     def recovery(self) -> None:
         """The pruned network trained with labels, and the original trained alike; batch norms are live."""
-        from recover import DEPTHS, captured, hand_written
-
         print("\n| network | MACs | before | trained | seconds | original, trained alike |")
         print("| --- | --- | --- | --- | --- | --- |")
         for network in self.networks:
-            original = captured(hand_written(network)) if network in DEPTHS else effc.load(model_file(network))
+            original = live(network)
             fair = self._trained(network, original, original)[0]
             for share in (0.5, 0.33):
                 pruned, _ = self._forced(network, f"prune-channels{{macs={share}}}", original)
@@ -156,6 +163,86 @@ class Bench(Marks):
     def _training(self) -> dict[str, Any]:
         return {"epochs": self.epochs, "labels": 1.0, "augment": "flip-shift", "precision": self.precision}
 
+    def peers(self) -> None:
+        """Half of the multiply-accumulates, no training: Torch-Pruning beside effc, on the same images and network."""
+        from _torch_pruning import THERE, pruned
+        from recover import DEPTHS, captured, hand_written
+
+        seen = next(iter(open_data(data_file("cifar10-train")).batches(256)))
+        x, y = seen.feeds["input"], seen.labels.astype(np.int64)
+        for network in filter(DEPTHS.__contains__, self.networks):
+            print(f"\n{network}, half of the multiply-accumulates, batch norms folded, no training", end="")
+            print(f", then {self.peer_epochs} epochs on {self.images} images\n" if self.peer_epochs else "\n")
+            original, models = live(network), {}
+            for saliency, correct in PEERED:
+                recipe = f"prune-channels{{macs=0.5, saliency={saliency}, correct={correct}}}"
+                told = f"effc, {saliency}{'' if correct == 'true' else ', not fitted'}"
+                models[told] = self._forced(network, recipe, original)[0]
+            if THERE:
+                nets = pruned(hand_written(network), *map(torch_of, (x, y)), 0.5)
+                models |= {f"Torch-Pruning, {told}": captured(net) for told, net in nets}
+            else:
+                print("Torch-Pruning is not installed: pip install --no-deps torch-pruning")
+            folded = {name: _folded(model) for name, model in models.items()}
+            scores = self._score(network, folded, original)
+            ratios = [measured(_folded(original), folded, batch) for batch in (1, 32)]
+            whole = cost(original).total.macs
+            print("| how | MACs | top-1 | damage | latency, batch 1 | batch 32 | trained |")
+            print("| --- | --- | --- | --- | --- | --- | --- |")
+            for name, model in models.items():
+                share, score = cost(model).total.macs / whole, scores[name]
+                times = " | ".join(f"{ratio[name]:.2f}" for ratio in ratios)
+                after = f"{self._trained_on(network, model, original):.2f}" if self.peer_epochs else ""
+                print(
+                    f"| {name} | {share:.3f} | {score.points:.2f} | {score.damage:.3f} | {times} | {after} |",
+                    flush=True,
+                )
+
+    def _trained_on(self, network: str, model: Model, original: Model) -> float:
+        data = f"{data_file('cifar10-train')}{{limit={self.images}}}"
+        after = self._made(model, f"recover{{epochs={self.peer_epochs}, {HOW}}}", data)[0]
+        return self._score(network, {"after": after}, original)["after"].points
+
+    def lasso(self) -> None:
+        """Group lasso against pruning without training, at equal multiply-accumulates and epochs in all."""
+        data = f"{data_file('cifar10-train')}{{limit={self.images}}}"
+        print(f"\n{self.images} images, {2 * self.epochs} epochs in all\n")
+        print("| network | groups | how | MACs | pruned | trained on | seconds |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        for network in self.networks:
+            original = live(network)
+            whole = cost(original).total.macs
+            for kind, name in (("taps", "prune-groups"), ("channels", "prune-channels")):
+                how = f"group-lasso{{sparsity=0.5, groups={kind}, epochs={self.epochs}, {HOW}}}"
+                lasso = self._made(original, f"{how}, {name}{{zeros=true}}", data)
+                share = cost(lasso[0]).total.macs / whole
+                free = self._made(original, f"{name}{{macs={share}}}", data)
+                for told, epochs, (before, first) in (("group-lasso", 1, lasso), (name, 2, free)):
+                    after, second = self._made(before, f"recover{{epochs={epochs * self.epochs}, {HOW}}}", data)
+                    points = self._score(network, {"before": before, "after": after}, original)
+                    self._row(network, kind, told, cost(after).total.macs / whole, points, first + second)
+                    if told == "group-lasso":
+                        reached = points["after"].points
+                self.at_least(f"{network}, {kind}: group-lasso over {name}", reached, points["after"].points)
+            fair, seconds = self._made(original, f"recover{{epochs={2 * self.epochs}, {HOW}}}", data)
+            points = self._score(network, {"before": original, "after": fair}, original)
+            self._row(network, "", "the original, trained alike", 1.0, points, seconds)
+
+    def _row(
+        self, network: str, kind: str, how: str, share: float, points: Mapping[str, Score], seconds: float
+    ) -> None:
+        before, after = (f"{points[key].points:.2f}" for key in ("before", "after"))
+        print(f"| {network} | {kind} | {how} | {share:.3f} | {before} | {after} | {seconds:.0f} |", flush=True)
+
+    def _made(self, model: Model, recipe: str, data: str) -> tuple[Model, float]:
+        """What a recipe makes, by force, judged by multiply-accumulates; and seconds."""
+        started = time.perf_counter()
+        made = effc.optimize(
+            model, recipe, calibrate=f"{data_file('cifar10-train')}{{limit=1024}}", train=data, goal="macs",
+            measure=False, force=True, threads=self.threads,
+        ).model  # fmt: skip
+        return made, time.perf_counter() - started
+
     def _trained(self, network: str, model: Model, original: Model) -> tuple[float, float]:
         from effc.recover import Recover, train
 
@@ -179,6 +266,23 @@ class Bench(Marks):
         runtime = backend("onnxruntime")
         sessions = {name: runtime.session(m, threads=self.threads) for name, m in {"o": original, **models}.items()}
         return evaluate(sessions, open_data(data_file("cifar10-test")).for_model(original), reference="o")
+
+
+def live(network: str) -> Model:
+    """A network whose batch norms are not folded."""
+    from recover import DEPTHS, captured, hand_written
+
+    return captured(hand_written(network)) if network in DEPTHS else effc.load(model_file(network))
+
+
+def torch_of(array: np.ndarray) -> Any:
+    import torch
+
+    return torch.from_numpy(array)
+
+
+def _folded(model: Model) -> Model:
+    return effc.optimize(model, "simplify, fold-batchnorm", measure=False, force=True).model
 
 
 def simplified(model: Any) -> Model:
@@ -219,13 +323,17 @@ def measured(original: Model, models: Mapping[str, Model], batch: int) -> dict[s
 
 
 def main() -> int:
-    parser = Parser(__doc__, ["exact", "saliencies", "latency", "integers", "recovery", "deployed"])
+    parser = Parser(__doc__, PARTS)
     parser.add_argument("--networks", nargs="+", choices=("resnet20", *NETWORKS), default=NETWORKS)
-    parser.add_argument("--epochs", type=int, default=3, help="of recovery")
-    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of training")
+    parser.add_argument("--epochs", type=int, default=3, help="of recovery; of each half of lasso")
+    parser.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto", help="of recovery")
+    parser.add_argument("--images", type=int, default=25_000, help="to train on in lasso and peers")
+    parser.add_argument("--peer-epochs", type=int, default=0, help="to train networks of peers for, effc's too")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    bench = Bench(options.networks, options.epochs, options.precision, options.threads)
+    bench = Bench(
+        options.networks, options.epochs, options.precision, options.images, options.peer_epochs, options.threads
+    )
     return bench.run(parser.parts(options))
 
 
