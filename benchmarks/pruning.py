@@ -39,7 +39,11 @@ from effc.removal import mute_units, remove_units
 EXACT, REACHED, POINTS = 1e-5, 0.9, 78.0  # marks: max|a - b| / max|a|, share of channels, top-1 at half the MACs
 NETWORKS = ("resnet56", "vgg-small")
 SALIENCIES = ("reconstruction", "fisher", "taylor", "obd", "l2", "l1", "geometric-median", "random")
-PEERED = (("reconstruction", "true"), *((s, "false") for s in ("l1", "l2", "taylor")))
+PEERED = {
+    "reconstruction": "macs=0.5",
+    "by predicted latency": "speedup=1.5",
+    **{f"{s}, not fitted": f"macs=0.5, saliency={s}, correct=false" for s in ("l1", "l2", "taylor")},
+}
 SPEEDUPS = (1.25, 1.5, 2.0)
 HOW = "labels=1, augment=flip-shift, batch=64, learning_rate=0.02"
 PARTS = ("exact", "saliencies", "latency", "integers", "recovery", "deployed", "lasso", "peers")
@@ -174,10 +178,8 @@ class Bench(Marks):
             print(f"\n{network}, half of the multiply-accumulates, batch norms folded, no training", end="")
             print(f", then {self.peer_epochs} epochs on {self.images} images\n" if self.peer_epochs else "\n")
             original, models = live(network), {}
-            for saliency, correct in PEERED:
-                recipe = f"prune-channels{{macs=0.5, saliency={saliency}, correct={correct}}}"
-                told = f"effc, {saliency}{'' if correct == 'true' else ', not fitted'}"
-                models[told] = self._forced(network, recipe, original)[0]
+            for told, options in PEERED.items():
+                models[f"effc, {told}"] = self._forced(network, f"prune-channels{{{options}}}", original)[0]
             if THERE:
                 nets = pruned(hand_written(network), *map(torch_of, (x, y)), 0.5)
                 models |= {f"Torch-Pruning, {told}": captured(net) for told, net in nets}

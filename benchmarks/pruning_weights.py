@@ -1,6 +1,6 @@
 """Single weights pruned on MNIST: by damage or by size, in rounds with training, and Dense-Sparse-Dense.
 
-    python benchmarks/pruning_weights.py [obd|groups|iterative|dsd|fitted ...] [--epochs 4] [--seeds 3] [--threads 2]
+    python benchmarks/pruning_weights.py [obd|groups|lasso|iterative|dsd|fitted ...] [--epochs 4] [--seeds 3]
 
 Needs MNIST in $EFFC_DATA and the package torch. LeNet-5 is Caffe's (431,080 parameters), LeNet-300-100 has two hidden
 layers of these widths (266,610); both are trained here, from labels, with plain images.
@@ -9,10 +9,12 @@ the divergence from what it said before, which half the sum of h w^2 predicts, a
 optimal brain damage, magnitude and chance (LeCun, Denker and Solla 1990, figures 1 and 2). `groups`: the same for
 groups of the second convolution's weights, all 50 filters at one place of one channel (Lebedev and Lempitsky 2016): by
 the sum of their sizes, by the diagonal of the curvature, by the curvature within groups, by chance, and with the groups
-that stay fitted to make up for those that go; means over networks. `fitted`: single weights at higher shares, what
-stays fitted to what layers meet, and with two of every four inputs. `iterative`: both networks pruned twelvefold in
-rounds (Han et al. 2015, table 1: errors from 1.64 to 1.59 % and from 0.80 to 0.77 %). `dsd`: trained, pruned by 30 %,
-trained, and trained dense again (Han et al. 2017), against the same number of epochs at the same rates without pruning.
+that stay fitted to make up for those that go; means over networks. `lasso`: such groups trained to zero and removed,
+against groups chosen without training at as many multiply-accumulates, trained for as many epochs. `fitted`: single
+weights at higher shares, what stays fitted to what layers meet, and with two of every four inputs. `iterative`: both
+networks pruned twelvefold in rounds (Han et al. 2015, table 1: errors from 1.64 to 1.59 % and from 0.80 to 0.77 %).
+`dsd`: trained, pruned by 30 %, trained, and trained dense again (Han et al. 2017), against the same number of epochs at
+the same rates without pruning.
 
 Errors are those on the test images of the folder. Exit status 1 when a mark is missed; they are listed at the end.
 """
@@ -32,6 +34,7 @@ from torch.nn import functional as F
 import effc
 from effc import edit
 from effc.compressed import compressed_size
+from effc.cost import cost
 from effc.data import Data, open_data
 from effc.evaluate import damage
 from effc.model import Model
@@ -45,6 +48,7 @@ from effc.runtime import Slice
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SEEN, JUDGED = 4096, 5000  # images for saliencies, and to measure the loss on
 BATCH, RATE = 128, 0.05
+LASSO = 20_000  # images to train on in `lasso`
 TWELVEFOLD = 1 - 1 / 12
 HAN = {"LeNet-300-100": (1.64, 1.59), "LeNet-5": (0.80, 0.77)}
 KEPT = "saliency={}, sparsity={}, remove_dead=false"
@@ -173,6 +177,39 @@ class Bench(Marks):
             print(f"| {100 * share:.0f} % | {' | '.join(told)} |", flush=True)
             self.at_most(f"{100 * share:.0f} % of groups: damage by curvature within groups, 1e-6", fisher, l1)
 
+    def lasso(self) -> None:
+        """Groups of LeNet-5's convolutions trained to zero, against groups chosen without training, as many epochs."""
+        model, data = self.dense("LeNet-5"), f"{data_file('mnist-train')}{{limit={LASSO}}}"
+        whole = cost(model).total.macs
+        print(f"\nLeNet-5, {self.errors(model):.2f} % errors; {LASSO:,} images, {2 * self.each} epochs in all\n")
+        print("| groups at zero | how | MACs | errors, pruned | errors, trained on |\n| --- | --- | --- | --- | --- |")
+        for sparsity in (0.8, 0.9, 0.95):
+            zeros = f"group-lasso{{sparsity={sparsity}, {self._how()}}}, prune-groups{{zeros=true, min_gain=1}}"
+            first = self._made(model, zeros, data)
+            share, reached = cost(first).total.macs / whole, {}
+            rows = {"group-lasso": first} | {
+                f"prune-groups, {saliency}": self._made(
+                    model, f"prune-groups{{saliency={saliency}, macs={share}}}", data
+                )
+                for saliency in ("reconstruction", "l1")
+            }
+            for how, before in rows.items():
+                last = self._how(self.each * (1 if before is first else 2))
+                after = self._made(before, f"recover{{{last}}}", data)
+                reached[how] = self.errors(after)
+                told = f"{cost(after).total.macs / whole:.3f} | {self.errors(before):.2f} % | {reached[how]:.2f} %"
+                print(f"| {sparsity:.0%} | {how} | {told} |", flush=True)
+            free = min(error for how, error in reached.items() if how != "group-lasso")
+            self.at_most(
+                f"{sparsity:.0%} of groups trained to zero: errors, to 0.1", reached["group-lasso"], free + 0.1
+            )
+
+    def _made(self, model: Model, recipe: str, data: str) -> Model:
+        return effc.optimize(
+            model, recipe, calibrate=f"{data_file('mnist-train')}{{limit=1024}}", train=data, goal="macs",
+            measure=False, force=True, threads=self.threads,
+        ).model  # fmt: skip
+
     def fitted(self) -> None:
         """What stays fitted, against what stays as it is."""
         model = self.dense("LeNet-5")
@@ -219,8 +256,9 @@ class Bench(Marks):
             print(f"| {' | '.join(told)} | {a:,} -> {b:,} bytes | {seconds:.0f}, {stage.status} |", flush=True)
             self.at_most(f"{name}: errors after pruning, to 0.1", after, fair + 0.1)
 
-    def _how(self) -> str:
-        return f"epochs={self.each}, batch={BATCH}, learning_rate={RATE / 2}, labels=1, weight_decay=0.0005, features=0"
+    def _how(self, epochs: int | None = None) -> str:
+        how = f"batch={BATCH}, learning_rate={RATE / 2}, labels=1, weight_decay=0.0005, features=0"
+        return f"epochs={epochs or self.each}, {how}"
 
     def dsd(self) -> None:
         """LeNet-300-100; the same start, the same epochs and rates, with and without zeros in between."""
@@ -312,7 +350,7 @@ class Second:
 
 
 def main() -> int:
-    parser = Parser(__doc__, ["obd", "groups", "fitted", "iterative", "dsd"])
+    parser = Parser(__doc__, ["obd", "groups", "lasso", "fitted", "iterative", "dsd"])
     parser.add_argument("--epochs", type=int, default=4, help="of the first training")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--each", type=int, default=3, help="epochs of a round, and of each phase of dsd")
