@@ -32,10 +32,10 @@ from torch.nn import functional as F
 import effc
 from effc.data import open_data
 from effc.evaluate import evaluate
-from effc.finetune import Precision
 from effc.model import Model
 from effc.recover import Recover, train
 from effc.registry import backend, trainer
+from effc.schedule import Precision
 
 CLOSE = 1e-5  # max|a - b| / max|a|
 DEPTHS = {"resnet20": 3, "resnet56": 9}

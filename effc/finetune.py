@@ -1,8 +1,7 @@
 """The training loop of recovery: SGD on a trainable view, towards teachers and labels; the best state is kept.
 
-Momentum SGD (Nesterov) with linear warm-up and a cosine to 0 (Loshchilov and Hutter, SGDR, 2017, equation 5 without
-restarts), gradients clipped by their norm, weight decay on matrices and kernels alone. A part of the training data is
-held out and judges each epoch. All that is random follows from the seed and the epoch's number, so that a run that was
+Gradients are clipped by their norm, weight decay is on matrices and kernels alone. A part of the training data is held
+out and judges each epoch. All that is random follows from the seed and the epoch's number, so that a run that was
 killed and resumed from its checkpoint ends as one that was not.
 """
 
@@ -15,16 +14,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from effc.augment import Augment, augmented
+from effc.augment import augmented
 from effc.contract import Progress, no_progress
 from effc.data import Batch, Data
 from effc.distillation import Loss
 from effc.errors import BadInput
 from effc.evaluate import class_labels
+from effc.schedule import Schedule
 
 if TYPE_CHECKING:
     import torch
@@ -32,48 +32,7 @@ if TYPE_CHECKING:
     from effc.proximal import Shrinkage
 
 EXPLODED = 1e3  # times the loss at the start, or times 1 where that was less
-Optimizer = Literal["sgd", "adam"]
-Precision = Literal["auto", "float32", "bfloat16"]
 Wanted = Callable[[Mapping[str, np.ndarray]], Mapping[str, np.ndarray]]
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast.
-
-    Attributes:
-        epochs: passes over the training data.
-        batch: samples a step.
-        optimizer: SGD with Nesterov momentum, or Adam with the decay of weights apart (AdamW).
-        learning_rate: at its highest.
-        warmup: epochs over which it rises from 0.
-        clip: largest norm of all gradients together.
-        patience: epochs without a better state after which training ends; None: never.
-        augment: what is done to images: mirrored, shifted by up to an eighth of their size, or both.
-        frozen_norms: batch norms keep their statistics.
-        precision: of a step's products (Micikevicius et al. 2018; weights, losses and what judges epochs stay float32);
-            auto: bfloat16 on CUDA, float32 on processors.
-    """
-
-    epochs: int = 10
-    batch: int = 128
-    optimizer: Optimizer = "sgd"
-    learning_rate: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
-    warmup: float = 0.0
-    clip: float = 5.0
-    patience: int | None = None
-    augment: Augment = "none"
-    frozen_norms: bool = False
-    precision: Precision = "auto"
-
-    def rate(self, step: int, steps: int) -> float:
-        """Learning rate of a step, given the number of steps of an epoch."""
-        warm, total = self.warmup * steps, self.epochs * steps
-        if step < warm:
-            return self.learning_rate * (step + 1) / warm
-        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(total - warm, 1)))
 
 
 @dataclass

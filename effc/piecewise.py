@@ -20,8 +20,9 @@ from effc.contract import Context
 from effc.data import Data, open_data
 from effc.distillation import Loss
 from effc.extract import between, part
-from effc.finetune import Finetune, Fitted, Schedule, torch_threads
+from effc.finetune import Finetune, Fitted, torch_threads
 from effc.model import Model, constant_tensor
+from effc.schedule import Schedule
 from effc.walk import Walk, samples
 from effc.zeros import hold_zeros, sparser
 

@@ -28,12 +28,13 @@ from effc.data import Data, open_data
 from effc.distillation import Loss, ensemble
 from effc.errors import BadInput
 from effc.evaluate import Score, are_probabilities, evaluate
-from effc.finetune import Finetune, Fitted, Optimizer, Precision, Schedule, Wanted, device, torch_threads
+from effc.finetune import Finetune, Fitted, Wanted, device, torch_threads
 from effc.model import Model, constant_tensor
 from effc.piecewise import By, rewritten, train_parts
 from effc.proximal import Shrinkage
 from effc.reestimate import reestimate
 from effc.runtime import Session
+from effc.schedule import Optimizer, Precision, Schedule
 from effc.target import find as find_target
 from effc.zeros import hold_zeros
 

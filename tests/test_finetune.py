@@ -10,8 +10,9 @@ import pytest
 from effc.data import Data, open_data
 from effc.distillation import Loss
 from effc.errors import BadInput
-from effc.finetune import Finetune, Schedule
+from effc.finetune import Finetune
 from effc.reestimate import reestimate
+from effc.schedule import Schedule
 
 torch = pytest.importorskip("torch")
 
