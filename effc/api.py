@@ -26,7 +26,7 @@ from effc.manager import PassManager
 from effc.measure import Latency, random_feeds
 from effc.model import Model, collection_paused
 from effc.recipe import build, describe, format_calls, parse
-from effc.runtime import Backend
+from effc.runtime import Backend, caveat
 from effc.shapes import stored_size
 from effc.verify import plain_outputs
 
@@ -224,8 +224,8 @@ def _versions(backend: Backend) -> dict[str, str]:
 
 
 def _target_notes(aim: target.Target) -> list[str]:
-    told = f"target {aim.name}: {aim.origin} figures" + (f", {aim.source}" if aim.source else "")
-    return [told, *([aim.remark] if aim.remark else [])]
+    told = f"target {aim.name}: {f'{aim.origin} figures' if aim.roofs else 'no figures'}"
+    return [told + (f", {aim.source}" if aim.source else ""), *([aim.remark] if aim.remark else [])]
 
 
 def _data_notes(given: Mapping[str, Data | None]) -> list[str]:
@@ -281,7 +281,9 @@ def _finish(
         history.fused, history.fell_back = dict(deployment.fused), dict(deployment.fell_back)
         history.deployed_difference = deployment.difference
         history.notes += deployment.notes
-    if not guard.clock:
+    if caveat(context.backend):
+        history.unproven.append(caveat(context.backend))
+    elif not guard.clock:
         why = f": target {context.target.name!r} is another machine's" if guard.measure else ""
         history.unproven.append(f"latency was not measured{why}")
     if guard.evaluation is None and any(s.status == KEPT and not r.exact for s in history.stages for r in s.passes):

@@ -109,6 +109,28 @@ def load(path: str | os.PathLike) -> Model:
     return model
 
 
+def as_written(path: str | os.PathLike) -> Model:
+    """The graph of an .onnx file as it stands, to look at: nothing is repaired, and it may break rules of ONNX.
+
+    Raises:
+        BadInput: not an ONNX model, truncated, or external data missing or outside the model's folder.
+    """
+    path = Path(path)
+    if not path.is_file() or not path.stat().st_size:
+        raise BadInput(f"{path} is no file, or empty; an .onnx file is needed")
+    try:
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+        if not proto.HasField("graph") or not proto.opset_import:
+            raise BadInput(f"{path} is not an ONNX model: it has no graph or no operator set")
+        _densify(proto.graph)
+        with _quiet("onnx_ir"):
+            model = ir.from_proto(proto)
+    except (DecodeError, OSError, *_FAULTS) as error:
+        raise BadInput(f"{path} is not an ONNX model, or it is truncated ({first_line(error)})") from error
+    _check_external_data(model, path.parent)
+    return Model(model, path.stem)
+
+
 def from_proto(proto: onnx.ModelProto, name: str = "model", folder: Path | None = None) -> Model:
     """A Model from a protobuf message; external data are looked for in `folder`. Raises BadInput as `load`."""
     _check_proto(proto, name)

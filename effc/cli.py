@@ -1,4 +1,7 @@
-"""The `effc` command. Exit status: 0 done, 1 a pass failed, 2 bad input, 3 a stated requirement was not met."""
+"""The `effc` command. Exit status: 0 done, 1 a pass failed, 2 bad input, 3 a stated requirement was not met.
+
+What `check-tensorrt` is asked about is such a requirement: a model that breaks a rule ends with 3.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 import effc
-from effc import api, cli_calibrate, cli_inspect, cli_recover, registry
+from effc import api, cli_calibrate, cli_check, cli_inspect, cli_recover, registry
 from effc.cli_options import (
     Debug,
     Dims,
@@ -159,6 +162,7 @@ def compare(
 app.command()(cli_inspect.inspect)
 app.command()(cli_calibrate.calibrate_target)
 app.command()(cli_recover.recover)
+app.command()(cli_check.check_tensorrt)
 
 
 @app.command()

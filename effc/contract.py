@@ -150,8 +150,10 @@ class Context:
             EffcError: the runtime does not take the model.
         """
         from effc.predict import predict
+        from effc.runtime import caveat
 
-        runtime = self.backend if self.backend.name == self.target.runtime else None
+        at_hand = self.backend.name == self.target.runtime and not caveat(self.backend)
+        runtime = self.backend if at_hand else None
         settings = {"batch": self.batch, "dims": self.dims, "threads": self.threads}
 
         def compute() -> tuple[Target, Prediction]:  # the target is held, so that its id stays its own

@@ -19,7 +19,7 @@ from effc.evaluate import Score, evaluate
 from effc.history import KEPT, NO_GAIN, UNDONE, Accuracy, PassRecord, Predicted, StageRecord
 from effc.measure import Latency, compare, compare_many
 from effc.model import Model
-from effc.runtime import Backend
+from effc.runtime import Backend, caveat
 from effc.shapes import stored_size
 from effc.verify import deployed_drift
 
@@ -163,7 +163,7 @@ class Guard:
         elif lossy and record.predicted is not None:
             self._decided(record, record.predicted, before, after)
         else:
-            record.unproven.append("latency was not measured")
+            record.unproven.append(caveat(self.backend) or "latency was not measured")
 
     def _more_accurate(self, record: StageRecord, before: Model) -> None:
         if record.accuracy is None:

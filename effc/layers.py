@@ -15,6 +15,8 @@ WEIGHTED = ("Conv", "Gemm", "MatMul")
 
 def output_axis(node: ir.Node, rank: int) -> int:
     """The axis of a layer's weight that runs over its outputs."""
+    if node.op_type == "ConvTranspose":
+        return 1
     if node.op_type == "Conv" or node.attributes.get_int("transB", 0):
         return 0
     return rank - 1

@@ -2,6 +2,8 @@
 
 The weighted operators to lower are given; the operators between them follow when the target has integer kernels for
 them and all their inputs are coded. An activation that an integer kernel absorbs is passed over: its output is coded.
+Where outputs of layers stay floats (`IntegerKernels.output_pairs`), a tensor is coded for its readers' sake alone:
+layers, the shortcut of an Add that a convolution takes in, and what lies between coded tensors.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ class Placement:
 
     Attributes:
         coded: tensor -> tensor whose scale its codes have: itself, or the input of operators that pass codes on.
-        integer: nodes that compute on codes, the weighted ones included.
+        integer: nodes that compute on codes, the weighted ones included; of an Add that a convolution takes in, the
+            operand that is coded.
         passing: nodes that run on the codes themselves, without a pair in between.
         settled: integer node -> its output behind the activation that its kernel absorbs.
-        made: tensors that come out of integer kernels.
+        made: tensors that come out of integer kernels as codes.
     """
 
     coded: dict[ir.Value, ir.Value]
@@ -44,7 +47,8 @@ class Placement:
 def plan(model: Model, weighted: Collection[str], kernels: IntegerKernels) -> Placement:
     """Place codes for the weighted nodes of these names."""
     chosen = {node for node in model.graph if node.name in weighted}
-    demanded = {node.inputs[0] for node in chosen}
+    shortcuts = _shortcuts(model, chosen) if kernels.residual_pairs else {}
+    demanded = {node.inputs[0] for node in chosen} | set(shortcuts.values())
     coded: dict[ir.Value, ir.Value] = {v: v for v in model.graph.inputs if v in demanded}
     integer, passing, settled = set(chosen), set(), {}
     shapes = model.shapes()
@@ -53,13 +57,15 @@ def plan(model: Model, weighted: Collection[str], kernels: IntegerKernels) -> Pl
             settled[node] = behind_activation(node)
             if _needs_codes(node, settled[node], chosen, kernels, shapes):
                 coded[settled[node]] = settled[node]
+        elif node in shortcuts:
+            integer.add(node)
         elif node.inputs and node.inputs[0] in coded and passes_codes(node, kernels):
             passing.add(node)
             integer.add(node)
             coded[node.outputs[0]] = coded[node.inputs[0]]
         elif computes(node, kernels, shapes) and all(v in coded for v in _operands(node)):
             out = behind_activation(node)
-            if not out.is_graph_output():
+            if not out.is_graph_output() and (kernels.output_pairs or out in demanded):
                 integer.add(node)
                 settled[node] = out
                 coded[out] = out
@@ -67,7 +73,36 @@ def plan(model: Model, weighted: Collection[str], kernels: IntegerKernels) -> Pl
             if value in demanded:
                 coded.setdefault(value, value)
     made = frozenset(settled.values()) | {node.outputs[0] for node in passing}
+    if not kernels.output_pairs:
+        made = frozenset()
     return Placement(coded, frozenset(integer), frozenset(passing), settled, made)
+
+
+def _shortcuts(model: Model, chosen: Collection[ir.Node]) -> dict[ir.Node, ir.Value]:
+    """Add behind a chosen convolution -> its other operand, which is to be coded.
+
+    Of two convolutions the one with more layers behind it is taken in: the other one is the projection.
+    """
+    depth: dict[ir.Node, int] = {}
+    found = {}
+    for node in model.graph:
+        behind = [depth[v.producer()] for v in node.inputs if v is not None and v.producer() in depth]
+        depth[node] = max(behind, default=0) + (node in chosen)
+        if node.op_type != "Add" or node.domain not in STANDARD_DOMAINS:
+            continue
+        convolutions = [v for v in node.inputs if taken_in(v) and v.producer() in chosen]
+        if convolutions and all(constant_tensor(v) is None for v in node.inputs):
+            main = max(convolutions, key=lambda v: depth[v.producer()])
+            found[node] = node.inputs[1 - node.inputs.index(main)]
+    return found
+
+
+def taken_in(value: ir.Value) -> bool:
+    """Whether a tensor comes from a convolution for a single reader, which that may take in."""
+    maker = value.producer()
+    if maker is None or maker.op_type != "Conv" or maker.domain not in STANDARD_DOMAINS:
+        return False
+    return len(value.uses()) == 1 and not value.is_graph_output()
 
 
 def behind_activation(node: ir.Node) -> ir.Value:
@@ -160,7 +195,7 @@ def _needs_codes(
     Not so a Gemm with an activation: without codes behind both, onnxruntime fuses them in float first, and decodes the
     weights at each inference.
     """
-    if node.op_type == "Conv":
+    if node.op_type == "Conv" or not kernels.output_pairs:
         return kernels.output_pairs
     if out.is_graph_output():
         return False

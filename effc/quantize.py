@@ -183,6 +183,7 @@ def _balanced_rows(codes: np.ndarray, u: np.ndarray, m: np.ndarray, top: int) ->
     q = codes.copy()
     error = q - u
     other = np.clip(q + np.where(error > 0, -1.0, 1.0), -top, top)
+    other = np.where(u == 0, q, other)  # zeros are exact, and may stand in a pattern that kernels skip
     change = (other - q) * m
     drift = (error * m).sum(axis=1)
     tried = max(1, min(TIES, q.shape[1] // 2))

@@ -9,7 +9,7 @@ from typing import cast
 
 from effc.contract import Pass
 from effc.errors import BadInput
-from effc.runtime import Backend, Trainer
+from effc.runtime import Backend, Checker, Trainer
 
 PASSES, BACKENDS = "effc.passes", "effc.backends"
 
@@ -41,6 +41,14 @@ def trainer(name: str = "torch") -> Trainer:
         able = sorted(n for n in _found(BACKENDS) if hasattr(_load(BACKENDS, "backend", n), "write_back"))
         raise BadInput(f"the backend {name!r} does not train; there are {', '.join(able)}")
     return cast(Trainer, backend(name))
+
+
+def checker(name: str) -> Checker:
+    """The backend of that name, as one that knows the rules of its runtime. Raises BadInput: it states none."""
+    if not hasattr(_load(BACKENDS, "backend", name), "check"):
+        able = sorted(n for n in _found(BACKENDS) if hasattr(_load(BACKENDS, "backend", n), "check"))
+        raise BadInput(f"the backend {name!r} states no rules; those of {', '.join(able)} can be checked")
+    return cast(Checker, backend(name))
 
 
 def _load(group: str, kind: str, name: str):

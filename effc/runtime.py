@@ -58,6 +58,49 @@ class Timings:
     networks: int = 0
 
 
+@dataclass(frozen=True)
+class Finding:
+    """Where a model breaks a rule of a runtime.
+
+    Attributes:
+        number, rule: of the rule, and its name, as the runtime's page in `docs/` lists them.
+        error: the runtime does not take it; else it is advice.
+        node: name of the node, or of the weight or tensor, that it is about.
+        op: operator of the node; "" where it is no node.
+        found, allowed, remedy: what was found, what is allowed, what to do.
+    """
+
+    number: int
+    rule: str
+    error: bool
+    node: str
+    op: str
+    found: str
+    allowed: str
+    remedy: str
+
+    def __str__(self) -> str:
+        kind = "error" if self.error else "warning"
+        place = f"{self.op} {self.node!r}" if self.op else repr(self.node)
+        return f"{kind}: {place}: rule {self.number} ({self.rule}): {self.found}; {self.allowed}: {self.remedy}"
+
+
+class Checker(Protocol):
+    """A backend that can tell whether its runtime takes a model without running it."""
+
+    def check(self, model: Model) -> tuple[Finding, ...]:
+        """Every place where a model breaks a rule, in the graph's order; it may be any model."""
+        ...
+
+
+def caveat(backend: Backend) -> str:
+    """What is not known of a model here, because another runtime stands in for this one, one sentence.
+
+    A backend that is not at hand states it as its attribute of that name; "" for all others.
+    """
+    return getattr(backend, "caveat", "")
+
+
 class Backend(Protocol):
     """One runtime."""
 

@@ -38,6 +38,11 @@ class IntegerKernels:
         transparent: operators that run on codes as they are, with the scale of their input.
         computing: other operators with an integer kernel of their own.
         inputs_in: multiple of input channels that fast convolutions take.
+        any_convolution: no convolution's integer kernel is slower than float for its shape.
+        narrowest: layers with fewer inputs or outputs than this stay in float.
+        dynamic: products of matrices can be quantised as they run, without calibration.
+        float_bias: biases stay floats; else they are 32-bit integers.
+        residual_pairs: a convolution takes in the Add behind it when the other operand, and that one alone, is coded.
     """
 
     signed: bool
@@ -47,6 +52,11 @@ class IntegerKernels:
     transparent: frozenset[str]
     computing: frozenset[str]
     inputs_in: int = 4
+    any_convolution: bool = False
+    narrowest: int = 1
+    dynamic: bool = True
+    float_bias: bool = False
+    residual_pairs: bool = False
 
     def slow_convolution(self, outputs: int, inputs: int, groups: int, *, first: bool) -> str | None:
         """Why a convolution's integer kernel is slower than float, or None.
@@ -59,6 +69,8 @@ class IntegerKernels:
             outputs, inputs: output channels, and input channels of one group.
             first: no other layer stands before it.
         """
+        if self.any_convolution:
+            return None
         if groups == 1:
             if outputs < 16 or outputs % 4:
                 return f"the integer kernel for {outputs} outputs is slow (at least 16, a multiple of 4, is fast)"
@@ -121,7 +133,7 @@ class Target:
         runtime: name of the backend that emits and runs.
         device: "cpu" or "gpu".
         integer: what it wants of quantised graphs.
-        roofs: number of threads -> the best that these reach.
+        roofs: number of threads -> the best that these reach; none where the target stands for devices of many speeds.
         cache: bytes of the last cache before main memory.
         flags: instruction sets that matter to kernels, as the operating system names them.
         origin: "published" figures, or "measured" ones.
@@ -148,7 +160,12 @@ class Target:
     local: bool = False
 
     def roof(self, threads: int = 1) -> Roof:
-        """The roof of so many threads, or of the next smaller number that is known."""
+        """The roof of so many threads, or of the next smaller number that is known. Raises BadInput: there is none."""
+        if not self.roofs:
+            raise BadInput(
+                f"target {self.name!r} has no figures of a device to predict latency with:"
+                f" name one that has, such as {self.runtime.partition('-')[0]}-a100, or a file with its roofs"
+            )
         known = [n for n in self.roofs if n <= threads]
         return self.roofs[max(known) if known else min(self.roofs)]
 
@@ -168,14 +185,23 @@ def onnxruntime_kernels(flags: Iterable[str]) -> IntegerKernels:
 
 
 def tensorrt_kernels() -> IntegerKernels:
-    """TensorRT's explicit quantisation: int8 with zero point 0, no Q on outputs (NVIDIA's developer guide)."""
+    """TensorRT's explicit quantisation: int8 with zero point 0, no Q on outputs (NVIDIA's developer guide).
+
+    It moves Q and DQ over operators that only move values by itself, so that none has to run on codes in the file.
+    """
     return IntegerKernels(
         signed=True,
         output_pairs=False,
         reduce_range=False,
         weighted=frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"}),
-        transparent=frozenset({"MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Slice"}),
-        computing=frozenset({"Add", "Concat", "AveragePool", "GlobalAveragePool"}),
+        transparent=frozenset(),
+        computing=frozenset({"AveragePool", "GlobalAveragePool"}),
+        inputs_in=1,
+        any_convolution=True,
+        narrowest=16,
+        dynamic=False,
+        float_bias=True,
+        residual_pairs=True,
     )
 
 

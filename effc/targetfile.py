@@ -24,7 +24,7 @@ class _File(BaseModel, extra="forbid"):
 
     effc_target: Literal[1]
     name: str
-    runtime: Literal["onnxruntime", "tensorrt"]
+    runtime: Literal["onnxruntime", "tensorrt", "tensorrt-fp16"]
     device: Literal["cpu", "gpu"]
     origin: Literal["published", "measured"]
     source: str
@@ -40,7 +40,8 @@ def from_json(text: str | bytes, where: str) -> Target:
     """Read a target file. Raises BadInput naming the place that is wrong."""
     try:
         file = _File.model_validate_json(text)
-        if not file.roofs or not all(_stands(roof) for roof in file.roofs.values()):
+        unknown = file.device == "gpu" and not file.roofs  # any of them: then nothing is predicted
+        if not unknown and not (file.roofs and all(_stands(roof) for roof in file.roofs.values())):
             raise BadInput(
                 f"{where} has no roofs, or one without rates above 0 for float32 and main memory;"
                 " write a target file with effc calibrate-target"
@@ -55,7 +56,7 @@ def from_json(text: str | bytes, where: str) -> Target:
             f"{where} is no target file of this version of effc: {place}: {first['msg']};"
             " write one with effc calibrate-target"
         ) from error
-    integer = tensorrt_kernels() if file.runtime == "tensorrt" else onnxruntime_kernels(file.flags)
+    integer = onnxruntime_kernels(file.flags) if file.runtime == "onnxruntime" else tensorrt_kernels()
     fields = {name: getattr(file, name) for name in (*TEXTS, "flags", "cache", "roofs", "kernels")}
     return Target(integer=integer, **fields)
 

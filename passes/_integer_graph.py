@@ -26,13 +26,21 @@ class Lowering:
         balanced: round weights so that a channel's mean output stays, as far as mean inputs are known.
         corrected: take what is left of that shift off the bias.
         inputs_in: multiple of input channels that the integer kernels like; images are padded to it.
+        float_bias: biases stay floats.
     """
 
     def __init__(
-        self, model: Model, bits: int = 8, balanced: bool = False, corrected: bool = False, inputs_in: int = 1
+        self,
+        model: Model,
+        bits: int = 8,
+        balanced: bool = False,
+        corrected: bool = False,
+        inputs_in: int = 1,
+        float_bias: bool = False,
     ) -> None:
         self.model = model
-        self.bits, self.balanced, self.corrected, self.inputs_in = bits, balanced, corrected, inputs_in
+        self.bits, self.balanced, self.corrected = bits, balanced, corrected
+        self.inputs_in, self.float_bias = inputs_in, float_bias
         self._source: dict[ir.Value, ir.Value] = {}  # decoded graph input -> graph input
         self._codes: dict[ir.Value, ir.Value] = {}
         self._decoded: dict[ir.Value, ir.Value] = {}
@@ -57,10 +65,10 @@ class Lowering:
                     edit.set_input(self.model, node, index, self._decoded[value])
                 elif placement.made_in_codes(value):
                     edit.set_input(self.model, node, index, self._for_float(value, node, index))
-            if value.is_graph_output():
+            if value.is_graph_output() and placement.made_in_codes(value):
                 edit.hand_over_output(self.model, value, self._decoded[value])
         for node in [n for n in self.model.graph if n in inputs]:
-            if node.op_type in ("Conv", "Gemm", "MatMul"):
+            if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
                 self._weighted(node, ranges[placement.coded[inputs[node]]], means.get(node))
             elif node.op_type == "ReduceMean":
                 self._global_pool(node)
@@ -153,7 +161,10 @@ class Lowering:
             edit.insert_after(self.model, maker, [node])
 
     def _weighted(self, node: ir.Node, x: Affine, mean: np.ndarray | None) -> None:
-        """Codes for weight and bias; the bias at scale x_scale * w_scale in 32 bits, as integer kernels add it."""
+        """Codes for weight and bias; the bias at scale x_scale * w_scale in 32 bits, as integer kernels add it.
+
+        Or the bias stays floats, where the target adds it to decoded sums.
+        """
         weight = self.model.constant(node.inputs[1])
         axis = output_axis(node, weight.ndim)
         bias = bias_array(self.model, node, weight.shape[axis])
@@ -164,7 +175,7 @@ class Lowering:
             weight,
             axis,
             bits=self.bits,
-            bias=bias,
+            bias=None if self.float_bias else bias,
             input_scale=float(x.scale),
             mean=met if self.balanced else None,
         )
@@ -182,10 +193,13 @@ class Lowering:
         edit.set_input(self.model, node, 1, self._constant(node.inputs[1].name, codes, q.scales, axis, node))
         if bias is None:
             return
-        scales = (np.float32(x.scale) * q.scales).astype(np.float32)
-        integers = np.rint(bias / scales.astype(np.float64)).clip(-(2**31 - 1), 2**31 - 1).astype(np.int32)
         given = node.inputs[2] if len(node.inputs) > 2 else None
         hint = given.name if given is not None else f"{node.name}_bias"
+        if self.float_bias:
+            edit.set_input(self.model, node, 2, edit.add_initializer(self.model, hint, np.float32(bias)))
+            return
+        scales = (np.float32(x.scale) * q.scales).astype(np.float32)
+        integers = np.rint(bias / scales.astype(np.float64)).clip(-(2**31 - 1), 2**31 - 1).astype(np.int32)
         edit.set_input(self.model, node, 2, self._constant(hint, integers, scales, 0, node))
 
     def _constant(self, hint: str, codes: np.ndarray, scales: np.ndarray, axis: int, node: ir.Node) -> ir.Value:

@@ -98,11 +98,17 @@ class Int8(Pass):
             return f"its right operand has {weight.ndim} axes; 2 are lowered"
         if node.op_type == "Gemm" and node.attributes.get_int("transA", 0):
             return "its left operand is transposed"
+        if node.op_type == "ConvTranspose" and (groups := node.attributes.get_int("group", 1)) > 1:
+            return f"a transposed convolution of {groups} groups stays in float"
         try:
             bias_array(model, node, weight.shape[output_axis(node, weight.ndim)])
         except ValueError as error:
             return str(error)
-        if node.op_type != "Conv":
+        if (reason := _narrow(node, weight.shape, context.target.integer.narrowest)) is not None:
+            return reason
+        if context.calibration is None and not context.target.integer.dynamic:
+            return f"{context.target.runtime} takes no scales that are found as it runs: give --calibrate SPEC"
+        if node.op_type not in ("Conv", "ConvTranspose"):
             return None
         if context.calibration is None:
             return "a convolution needs calibration data: give --calibrate SPEC"
@@ -129,6 +135,7 @@ class Int8(Pass):
             balanced=self.rounding == "balanced",
             corrected=self.bias_correction,
             inputs_in=context.target.integer.inputs_in,
+            float_bias=context.target.integer.float_bias,
         )
         if static:
             placement = plan(model, static, context.target.integer)
@@ -157,6 +164,17 @@ class Int8(Pass):
 
 def _bits(context: Context) -> int:
     return 7 if context.target.integer.reduce_range else 8
+
+
+def _narrow(node: ir.Node, shape: tuple[int, ...], least: int) -> str | None:
+    """Why a layer of few inputs or outputs stays in float, or None."""
+    groups = node.attributes.get_int("group", 1)
+    inputs, outputs = shape[1 - output_axis(node, len(shape))], shape[output_axis(node, len(shape))]
+    if node.op_type in ("Conv", "ConvTranspose"):  # a group's own inputs, or its own outputs
+        inputs, outputs = (shape[1] * groups, shape[0]) if node.op_type == "Conv" else (shape[0], shape[1] * groups)
+    if min(inputs, outputs) >= least:
+        return None
+    return f"it has {inputs} inputs and {outputs} outputs; from {least} of each on integers are worth it there"
 
 
 def _strays(nodes: Set[ir.Node], model: Model, kernels: IntegerKernels) -> dict[ir.Node, str]:

@@ -32,6 +32,7 @@ from effc.target import (
 from effc.targetfile import to_json
 
 AVX2, VNNI, A100 = "onnxruntime-avx2", "onnxruntime-avx512-vnni", "tensorrt-a100"
+GPUS = "tensorrt", A100, "tensorrt-fp16"
 VERSION = "1.2.3"  # of the runtime that a file was measured with
 
 
@@ -82,12 +83,12 @@ def measured(**changes) -> Target:
 
 
 def test_shipped_targets_are_found_by_their_name():
-    assert names() == [AVX2, VNNI, A100]
+    assert names() == [AVX2, VNNI, *GPUS]
     for name in names():
         found = find(name)
         assert found.name == name and found.source and found.remark == ""
-        assert found.runtime == name.split("-")[0] and found.device == ("gpu" if name == A100 else "cpu")
-        assert found.cache >= 1 << 20 and 1 in found.roofs
+        assert name.startswith(found.runtime) and found.device == ("gpu" if name in GPUS else "cpu")
+        assert found.cache >= 1 << 20 and (1 in found.roofs or name in ("tensorrt", "tensorrt-fp16"))
         for roof in found.roofs.values():
             assert min(*roof.macs.values(), roof.bandwidth, roof.overhead, roof.run_overhead) > 0
         assert found.origin in (PUBLISHED, MEASURED) and not (found.origin == PUBLISHED and found.kernels)
@@ -105,7 +106,8 @@ def test_the_a100_has_nvidia_s_published_figures():
 
 
 def test_an_unknown_target_lists_those_there_are():
-    told = "unknown target 'gpu'; there are onnxruntime-avx2, onnxruntime-avx512-vnni, tensorrt-a100, or a file"
+    told = "unknown target 'gpu'; there are onnxruntime-avx2, onnxruntime-avx512-vnni, tensorrt, tensorrt-a100,"
+    told += " tensorrt-fp16, or a file"
     with pytest.raises(BadInput, match=re.escape(told)):
         find("gpu")
     with pytest.raises(BadInput, match="unknown target"):

@@ -92,13 +92,21 @@ def test_a_person_can_read_it(text):
 
 
 def test_the_runtime_says_what_integer_kernels_want(text):
-    assert edited(text, runtime="tensorrt").integer == tensorrt_kernels()
+    for runtime in ("tensorrt", "tensorrt-fp16"):
+        assert edited(text, runtime=runtime).integer == tensorrt_kernels()
     assert edited(text, flags=["avx2"]).integer.reduce_range
     assert not edited(text, flags=["avx2", "avx512_vnni"]).integer.reduce_range
     bare = json.loads(text)
     for key in ("kernels", "processor", "runtime_version"):
         del bare[key]
     assert from_json(json.dumps(bare), "here").kernels == {}
+
+
+def test_a_gpu_of_any_speed_has_no_roofs(text):
+    found = edited(text, device="gpu", roofs={}, kernels={}, runtime="tensorrt")
+    assert not found.roofs and from_json(to_json(found), "here") == found
+    with pytest.raises(BadInput, match=r"has no figures of a device .* such as tensorrt-a100"):
+        found.roof()
 
 
 def edited(text: str, **changes: object) -> Target:
@@ -122,7 +130,7 @@ def one_line(error: BadInput) -> str:
     ("changes", "what"),
     [
         ({"effc_target": 2}, "my.json is no target file of this version of effc: effc_target: Input should be 1"),
-        ({"runtime": "tvm"}, "runtime: Input should be 'onnxruntime' or 'tensorrt'"),
+        ({"runtime": "tvm"}, "runtime: Input should be 'onnxruntime', 'tensorrt' or 'tensorrt-fp16'"),
         ({"device": "tpu"}, "device: Input should be 'cpu' or 'gpu'"),
         ({"origin": "heard"}, "origin: Input should be 'published' or 'measured'"),
         ({"colour": "red"}, "colour: Extra inputs are not permitted"),
