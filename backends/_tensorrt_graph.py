@@ -48,6 +48,12 @@ def given(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if len(node.inputs) > index else None
 
 
+def maker_of(node: ir.Node, index: int = 0) -> ir.Node | None:
+    """The node that makes an input."""
+    value = given(node, index)
+    return None if value is None else value.producer()
+
+
 def scales(node: ir.Node) -> np.ndarray | None:
     return constant(given(node, 1))
 
@@ -58,22 +64,26 @@ def code_type(node: ir.Node) -> ir.DataType | None:
     if told is not None:
         return told.dtype
     if node.op_type == DEQUANTIZE:
-        tensor = constant_tensor(node.inputs[0])
+        tensor, maker = constant_tensor(given(node, 0)), maker_of(node)
         if tensor is not None:
             return tensor.dtype
-        maker = node.inputs[0].producer() if node.inputs[0] is not None else None
         return code_type(maker) if standard(maker, QUANTIZE) else None
     if stated := node.attributes.get_int("output_dtype", 0):
         return ir.DataType(stated)
     return ir.DataType.UINT8 if given(node, 2) is None else None
 
 
+def small_codes(node: ir.Node) -> bool:
+    """Whether codes take 4 bits or fewer: weights alone have such."""
+    kind = code_type(node)
+    return kind is not None and kind.is_integer() and kind.bitwidth <= 4
+
+
 def codes_of_weight(node: ir.Node) -> ir.Value | None:
-    """The constant behind a DQ, as codes or as floats before a Q; None where it decodes an activation."""
-    value = node.inputs[0]
-    maker = None if value is None else value.producer()
-    if standard(maker, QUANTIZE):
-        value = maker.inputs[0]
+    """The constant behind a Q or DQ, as codes or as floats before a Q; None where it is about an activation."""
+    value, maker = given(node, 0), maker_of(node)
+    if node.op_type == DEQUANTIZE and standard(maker, QUANTIZE):
+        value = given(maker, 0)
     return value if constant_tensor(value) is not None else None
 
 
@@ -104,7 +114,7 @@ def weight_of(node: ir.Node, index: int) -> Weight | None:
     while value is not None and standard(maker := value.producer(), "Transpose", "Identity"):
         if maker.op_type == "Transpose":
             turns.append(maker)
-        value = maker.inputs[0]
+        value = given(maker, 0)
     maker = None if value is None else value.producer()
     decoder = maker if standard(maker, DEQUANTIZE) else None
     held = value if decoder is None else codes_of_weight(decoder)
@@ -149,7 +159,7 @@ def decoded(value: ir.Value | None) -> bool:
             return False
         if maker.op_type == "Concat":
             return all(_from_codes(v) for v in maker.inputs)
-        value, seen = maker.inputs[0], seen + 1
+        value, seen = given(maker, 0), seen + 1
     return False
 
 
@@ -192,7 +202,7 @@ def layer_behind(value: ir.Value | None) -> ir.Node | None:
     """The layer that makes a tensor, an activation in between left out."""
     maker = None if value is None else value.producer()
     if standard(maker, *ACTIVATIONS):
-        maker = maker.inputs[0].producer() if maker.inputs and maker.inputs[0] is not None else None
+        maker = maker_of(maker)
     return maker if standard(maker, *WEIGHTED) else None
 
 

@@ -28,9 +28,11 @@ from ._tensorrt_graph import (
     decoded,
     given,
     layer_behind,
+    maker_of,
     only_reader,
     readers,
     scales,
+    small_codes,
     standard,
     takes_codes,
     weight_of,
@@ -38,7 +40,6 @@ from ._tensorrt_graph import (
 from ._tensorrt_weights import Broken, blocks, channels, narrow_types, sparsity, width
 
 OLDEST_OPSET, NEWEST_OPSET, CHANNEL_OPSET, BLOCK_OPSET = 9, 25, 13, 21
-FOUR_BITS = (ir.DataType.INT4, ir.DataType.UINT4)
 FORBIDDEN = frozenset(
     {"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeLinear", "BitShift",
      "BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor"}
@@ -109,8 +110,8 @@ def symmetric(node: ir.Node, model: Model) -> Iterator[Broken]:
 
 def _repeats(node: ir.Node) -> bool:
     """Whether a DQ only says what the Q before it said: one line tells both."""
-    maker = node.inputs[0].producer() if node.op_type == DEQUANTIZE and node.inputs[0] is not None else None
-    if not standard(maker, QUANTIZE):
+    maker = maker_of(node)
+    if node.op_type != DEQUANTIZE or not standard(maker, QUANTIZE):
         return False
     return all(given(maker, i) is given(node, i) or _equal(given(maker, i), given(node, i)) for i in (1, 2))
 
@@ -127,19 +128,12 @@ def _some(values: np.ndarray) -> str:
 
 @_rule(2, "granularity", "activations have one scale, weights one for each output channel along the right axis")
 def granularity(node: ir.Node, model: Model) -> Iterator[Broken]:
-    if standard(node, QUANTIZE, DEQUANTIZE) and codes_of_weight_or_own(node) is None:
+    if standard(node, QUANTIZE, DEQUANTIZE) and codes_of_weight(node) is None:
         scale = scales(node)
         if scale is not None and scale.size > 1 and not _repeats(node):
             yield Broken(f"an activation with {scale.size} scales", "quantise it with one scale")
     elif standard(node, *WEIGHTED):
         yield from channels(node)
-
-
-def codes_of_weight_or_own(node: ir.Node) -> ir.Value | None:
-    """The constant that a Q or DQ is about, None for an activation."""
-    if node.op_type == DEQUANTIZE:
-        return codes_of_weight(node)
-    return node.inputs[0] if constant(node.inputs[0]) is not None else None
 
 
 @_rule(
@@ -152,7 +146,7 @@ def inputs_of_layers(node: ir.Node, model: Model) -> Iterator[Broken]:
             if (value := given(node, index)) is None:
                 continue
             weight = weight_of(node, index)
-            if weight is not None and weight.decoder is not None and code_type(weight.decoder) in FOUR_BITS:
+            if weight is not None and weight.decoder is not None and small_codes(weight.decoder):
                 return  # weight-only: rule 9
             is_coded = decoded(value) if weight is None else weight.decoder is not None
             (coded if is_coded else floats).append(f"{'weight' if weight else 'input'} {value.name!r}")
@@ -160,9 +154,9 @@ def inputs_of_layers(node: ir.Node, model: Model) -> Iterator[Broken]:
             yield Broken(
                 f"its {coded[0]} is quantised and its {floats[0]} is not", "quantise both with Q/DQ, or none of them"
             )
-    elif standard(node, QUANTIZE) and (layer := layer_behind(node.inputs[0])) is not None:
+    elif standard(node, QUANTIZE) and (layer := layer_behind(given(node, 0))) is not None:
         ends = [reader for out in node.outputs for reader, _ in readers(out)]
-        ends = [r for n in ends if standard(n, DEQUANTIZE) for r, _ in readers(n.outputs[0])]
+        ends = [r for n in ends if standard(n, DEQUANTIZE) for out in n.outputs for r, _ in readers(out)]
         if not any(standard(n, *WEIGHTED, *COMPUTING) for n in ends):
             yield Broken(
                 f"the output of {layer.op_type} {_name(layer)!r} is quantised, and nothing behind computes on codes",
@@ -201,9 +195,10 @@ def _quantised_conv(value: ir.Value | None) -> bool:
 def _between(value: ir.Value) -> bool:
     """Whether a tensor is the output of a quantised Conv behind Q/DQ of its own, which has no other reader."""
     decoder = value.producer()
-    if not standard(decoder, DEQUANTIZE) or not standard(maker := decoder.inputs[0].producer(), QUANTIZE):
+    if not standard(decoder, DEQUANTIZE) or not standard(maker := maker_of(decoder), QUANTIZE):
         return False
-    return only_reader(value) and _quantised_conv(maker.inputs[0]) and only_reader(maker.inputs[0])
+    source = given(maker, 0)
+    return only_reader(value) and _quantised_conv(source) and only_reader(source)
 
 
 @_rule(5, "other operators on codes", "an operator without weights whose inputs have Q/DQ has Q/DQ on its output too")
@@ -214,8 +209,7 @@ def other_operators(node: ir.Node, model: Model) -> Iterator[Broken]:
     data = [v for v in node.inputs[:count] if v is not None]
     if not data or not all(decoded(v) for v in data):
         return
-    made = node.outputs[0]
-    after = [n for n, _ in readers(made)]
+    after = [n for made in node.outputs[:1] for n, _ in readers(made)]
     after += [r for n in after if standard(n, "Relu", "Clip") for r, _ in readers(n.outputs[0])]  # absorbed
     if not any(standard(n, QUANTIZE) for n in after):
         yield Broken("its inputs are quantised and its output is not", "put Q/DQ behind it, or let it read floats")
@@ -268,7 +262,7 @@ def opsets(node: ir.Node, model: Model) -> Iterator[Broken]:
     if not standard(node, QUANTIZE, DEQUANTIZE) or not model.opset >= OLDEST_OPSET:
         return
     scale = scales(node)
-    if code_type(node) in FOUR_BITS or node.attributes.get_int("block_size", 0):
+    if small_codes(node) or node.attributes.get_int("block_size", 0):
         if model.opset < BLOCK_OPSET:
             yield Broken(f"4-bit codes or blocks at opset {model.opset}", f"export it at opset {BLOCK_OPSET} or later")
     elif scale is not None and scale.size > 1 and model.opset < CHANNEL_OPSET:
@@ -306,9 +300,9 @@ def narrow_layers(node: ir.Node, model: Model) -> Iterator[Broken]:
 
 @_rule(12, "sibling scales", "Qs that read one tensor are merged where their scales are equal")
 def sibling_scales(node: ir.Node, model: Model) -> Iterator[Broken]:
-    if not standard(node, QUANTIZE) or node.inputs[0] is None:
+    if not standard(node, QUANTIZE) or (source := given(node, 0)) is None:
         return
-    siblings = [n for n in node.inputs[0].consumers() if standard(n, QUANTIZE)]
+    siblings = [n for n in source.consumers() if standard(n, QUANTIZE)]
     if len(siblings) > 1 and node is not siblings[0]:
         mine, first = scales(node), scales(siblings[0])
         if mine is not None and first is not None and not np.array_equal(mine, first):
