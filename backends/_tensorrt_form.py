@@ -62,7 +62,8 @@ def fresh_names(graph: gs.Graph) -> Fresh:
     taken |= {n.name for body in (graph, *graph.subgraphs(recursive=True)) for n in body.nodes}
 
     def fresh(hint: str) -> str:
-        name = next(n for n in (hint, *(f"{hint}_{i}" for i in itertools.count(1))) if n not in taken)
+        numbered = (f"{hint}_{i}" for i in itertools.count(1))
+        name = next(n for n in itertools.chain([hint], numbered) if n not in taken)
         taken.add(name)
         return name
 

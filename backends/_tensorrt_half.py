@@ -1,7 +1,8 @@
 """Float32 parts of a graph in float16, on onnx-graphsurgeon; casts stand where the two meet.
 
 Inputs and outputs of the model keep their types. Operators that sum, divide or take exponents stay in float32, as do
-layers whose numbers float16 does not hold: weights beyond 65504, and scales below 2^-14, which would lose digits.
+nodes with numbers beyond 65504. Scales below 2^-17, which float16 would round by more than 8-bit codes are rounded, are
+raised to that, and weights coded anew.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ HALVED = frozenset(
      "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Concat", "Reshape", "Flatten", "Transpose",
      "Squeeze", "Unsqueeze", "Slice", "Split", "Pad", "Gather", "Expand", "Identity", "DepthToSpace", "SpaceToDepth"}
 )  # fmt: skip
-LARGEST, LEAST_SCALE = float(np.finfo(np.float16).max), float(np.finfo(np.float16).tiny)
+LARGEST, LEAST_SCALE = float(np.finfo(np.float16).max), 2.0**-17
 LAYERS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 Tensor = Any  # graphsurgeon's base class of tensors declares none of their attributes
 
@@ -35,6 +36,12 @@ def to_half(graph: gs.Graph, floats: Collection[str]) -> None:
     _Halving(graph, floats).run()
 
 
+def _fits(value: Tensor) -> bool:
+    if not isinstance(value, gs.Constant) or value.dtype != np.float32 or not np.prod(value.shape):
+        return True
+    return bool(np.abs(value.values).max() <= LARGEST)
+
+
 class _Halving:
     def __init__(self, graph: gs.Graph, floats: Collection[str]) -> None:
         self.graph, self.floats, self.fresh = graph, floats, fresh_names(graph)
@@ -45,27 +52,40 @@ class _Halving:
         self.held: list[Tensor] = []  # keeps ids their tensors'
 
     def _kept(self) -> set[int]:
-        """Nodes whose own numbers do not fit, with the layers that read what they decode."""
-        kept: set[int] = set()
-        for node in self.graph.nodes:
-            if not all(self._fits(v, node.op in PAIRS and i == 1) for i, v in enumerate(node.inputs)):
-                kept.add(id(node))
-        for layer in self.graph.nodes:
-            if layer.op not in LAYERS:
-                continue
-            decoders = [v.inputs[0] for v in layer.inputs if v.inputs and v.inputs[0].op == "DequantizeLinear"]
-            if id(layer) in kept or any(id(d) in kept for d in decoders):
-                kept |= {id(layer), *(id(d) for d in decoders if isinstance(d.inputs[0], gs.Constant))}
-        return kept
+        """Nodes whose own numbers do not fit; layers among them decode their factors by themselves."""
+        kept = [n for n in self.graph.nodes if not all(map(_fits, n.inputs))]
+        for layer in [n for n in kept if n.op in LAYERS]:
+            for index, value in enumerate(layer.inputs[:2]):
+                if value.inputs and value.inputs[0].op == "DequantizeLinear":
+                    layer.inputs[index] = self._decoder(value.inputs[0], kept)
+        return {id(n) for n in kept}
 
-    def _fits(self, value: Tensor, is_scale: bool) -> bool:
-        if not isinstance(value, gs.Constant) or value.dtype != np.float32 or not np.prod(value.shape):
-            return True
-        sizes = np.abs(value.values)
-        return bool(sizes.max() <= LARGEST and not (is_scale and sizes.min() < LEAST_SCALE))
+    def _decoder(self, node: gs.Node, kept: list[gs.Node]) -> Tensor:
+        made = gs.Variable(self.fresh(f"{node.outputs[0].name}_single"), np.float32, node.outputs[0].shape)
+        kept.append(gs.Node(node.op, self.fresh(f"{node.name}_single"), dict(node.attrs), list(node.inputs), [made]))
+        self.graph.nodes.append(kept[-1])
+        return made
+
+    def _raise_scales(self, node: gs.Node) -> None:
+        """Scales that float16 holds well; constant codes become those of the same numbers."""
+        value, scale, *_ = node.inputs
+        if not isinstance(scale, gs.Constant) or scale.values.min() >= LEAST_SCALE:
+            return
+        before, after = scale.values, np.maximum(scale.values, np.float32(LEAST_SCALE))
+        if isinstance(value, gs.Constant) and value.dtype == np.int8 and not node.attrs.get("block_size"):
+            along = [-1 if i == node.attrs.get("axis", 1) else 1 for i in range(value.values.ndim)]
+            ratio = (before.astype(np.float64) / after).reshape(along if before.size > 1 else ())
+            codes = np.rint(value.values * ratio).astype(np.int8)
+            node.inputs[0] = gs.Constant(self.fresh(f"{value.name}_raised"), codes)
+        if id(scale) not in self.cast:
+            self.held.append(scale)
+            self.cast[id(scale)] = gs.Constant(self.fresh(f"{scale.name}_half"), after.astype(np.float16))
 
     def run(self) -> None:
         made = {id(v) for n in self.nodes for v in n.outputs if self._float(v)}
+        for node in self.nodes:
+            if node.op in PAIRS:
+                self._raise_scales(node)
         for node in self.nodes:
             node.inputs = [self._half(v, made) if self._float(v) else v for v in node.inputs]
         results = {id(v) for g in (self.graph, *self.graph.subgraphs(recursive=True)) for v in g.outputs}

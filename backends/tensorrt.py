@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
+from effc import edit
 from effc.capture import load
 from effc.contract import Progress
 from effc.errors import BadInput, EffcError, PassFailed
@@ -54,9 +55,9 @@ class TensorRT:
     def session(
         self, model: Model | Path, *, threads: int = 1, optimize: bool = True, expose: Sequence[str] = ()
     ) -> OnnxRuntimeSession:
-        """The graph as it would be emitted, run by onnxruntime without optimisation: its plain meaning.
+        """The graph as it would be emitted, run by onnxruntime operator by operator.
 
-        With `expose` the model is run as it is: inner tensors keep their types.
+        With `expose`, and without `optimize`, the model is run as it is: lowering is not what it means.
 
         Raises:
             BadInput: `expose` names a tensor that the main graph does not have.
@@ -65,7 +66,8 @@ class TensorRT:
         if not isinstance(model, Model):
             model = load(model)
         if not expose:
-            model = self._emitted(model)
+            emitted = self._emitted(model)  # refuses what TensorRT does not take, before work is done on it
+            model = emitted if optimize else model
         options = session_options(threads, optimize=False)
         options.add_session_config_entry(DISABLED, UNASKED)
         return load_session(model, options, expose)
@@ -98,6 +100,7 @@ class TensorRT:
                 legalise(graph)
                 if self.half:
                     to_half(graph, frozenset(floats))
+            edit.remove_unused(model)
         except PassFailed as error:
             raise BadInput(f"{model.name} cannot be written for TensorRT: {error}") from error
         OnnxRuntime().emit(model)

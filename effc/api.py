@@ -275,7 +275,7 @@ def _finish(
         history.original.cost, total = (context.costs(m).total for m in (original, reached))
         history.predicted = guard.predicted(original, reached)
         history.notes += _not_predicted(reached, context)
-    history.final = Snapshot(total, stored_size(reached), len(reached.graph), accuracy)
+    history.final = Snapshot(total, stored_size(final), len(final.graph), accuracy)
     if guard.clock or quantised(reached):
         deployment = context.backend.deployment(reached, guard.feeds, context.threads)
         history.fused, history.fell_back = dict(deployment.fused), dict(deployment.fell_back)
