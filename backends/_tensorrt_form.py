@@ -52,7 +52,7 @@ def _one_scale(node: gs.Node, fresh: Fresh) -> None:
     if held[0].size < 2 or any(np.any(array != array.flat[0]) for array in held):
         return
     for index, array in enumerate(held, start=1):
-        node.inputs[index] = gs.Constant(fresh(f"{node.inputs[index].name}_one"), array.reshape(-1)[0].reshape(()))
+        node.inputs[index] = gs.Constant(fresh(f"{node.inputs[index].name}_one"), np.asarray(array.flat[0]))
     node.attrs.pop("axis", None)
 
 

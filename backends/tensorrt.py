@@ -57,37 +57,44 @@ class TensorRT:
     ) -> OnnxRuntimeSession:
         """The graph as it would be emitted, run by onnxruntime operator by operator.
 
-        With `expose`, and without `optimize`, the model is run as it is: lowering is not what it means.
+        With `expose`, and without `optimize`, the model is run as it is: lowering is not what it means. It may be a
+        part of a model, so it is not held to the rules.
 
         Raises:
-            BadInput: `expose` names a tensor that the main graph does not have.
-            EffcError: the model breaks a rule of TensorRT, or onnxruntime does not take it.
+            BadInput: `expose` names a tensor that the main graph does not have; the opset is too new.
+            EffcError: onnxruntime does not take the model.
         """
         if not isinstance(model, Model):
             model = load(model)
-        if not expose:
-            emitted = self._emitted(model)  # refuses what TensorRT does not take, before work is done on it
-            model = emitted if optimize else model
+        if optimize and not expose:
+            model = self._lowered(model)
         options = session_options(threads, optimize=False)
         options.add_session_config_entry(DISABLED, UNASKED)
         return load_session(model, options, expose)
 
-    def _emitted(self, model: Model) -> Model:
+    def _lowered(self, model: Model) -> Model:
         """A copy in the emitted form; remembered until the next edit."""
 
-        def emit() -> Model:
+        def lower() -> Model:
             copy = model.clone()
-            self.emit(copy)
+            self._lower(copy)
             return copy
 
-        return model.cached(("emitted", self.name), emit)
+        return model.cached(("lowered", self.name), lower)
 
     def emit(self, model: Model) -> None:
-        """Lower a model in place: opset, biases in float, pairs where TensorRT takes them, float16 where asked for.
+        """Lower a model in place: opset, biases as floats, one scale for an activation, float16 where asked for.
 
         Raises:
             BadInput: it breaks a rule that no lowering can mend; the message names the first place.
         """
+        self._lower(model)
+        errors = [finding for finding in self.check(model) if finding.error]
+        if errors:
+            more = f" (and {len(errors) - 1} more: effc check-tensorrt lists all)" if len(errors) > 1 else ""
+            raise BadInput(f"{model.name} is nothing for TensorRT: {errors[0]}{more}")
+
+    def _lower(self, model: Model) -> None:
         if model.opset > NEWEST_OPSET:
             raise BadInput(
                 f"{model.name} is of opset {model.opset}; TensorRT takes {OLDEST_OPSET} to {NEWEST_OPSET}:"
@@ -104,10 +111,6 @@ class TensorRT:
         except PassFailed as error:
             raise BadInput(f"{model.name} cannot be written for TensorRT: {error}") from error
         OnnxRuntime().emit(model)
-        errors = [finding for finding in self.check(model) if finding.error]
-        if errors:
-            more = f" (and {len(errors) - 1} more: effc check-tensorrt lists all)" if len(errors) > 1 else ""
-            raise BadInput(f"{model.name} is nothing for TensorRT: {errors[0]}{more}")
 
     def check(self, model: Model) -> tuple[Finding, ...]:
         """See `effc.runtime.Checker`; the rules stand in docs/tensorrt.md."""

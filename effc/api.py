@@ -128,6 +128,7 @@ def optimize(
     )
     feeds = real_feeds(original, batch, dims or {}, calibration or evaluation, seed)
     _runs(original, backend, feeds)
+    backend.emit(original.clone())  # what this runtime does not take is refused before work is done on it
     if max_drop is None and evaluation is not None and evaluation.labelled and not force:
         max_drop = DEFAULT_MAX_DROP
     context = Context(
