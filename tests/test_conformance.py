@@ -132,6 +132,17 @@ def test_a_pass_changes_something_and_refuses_something_with_a_reason(name):
         assert len(reason) > 15 and not re.search(r"Error|Traceback|<.* at 0x", reason), reason
 
 
+@pytest.mark.parametrize("network", PAIRED)
+@pytest.mark.parametrize("name", PASSES)
+def test_for_tensorrt_the_result_keeps_its_rules(name, network):
+    """And is as right, run by onnxruntime in its stead."""
+    proto, found = put_through(recipe(name), network, target_name="tensorrt", measure=True)
+    assert [str(f) for f in registry.checker("tensorrt").check(found.model) if f.error] == []
+    assert found.history.latency is None and found.history.unproven[0].startswith("no TensorRT engine was built")
+    inputs = feeds(proto)
+    assert distance(run(proto, inputs), run(found.model.proto(), inputs)) <= bound(name, network=network)
+
+
 REFUSALS = [
     ("simplify", "control", "node_choice", "If holds a sub-graph, which is passed through untouched"),
     ("fold-batchnorm", "two_outputs", "node_left_bn", "the weight of 'node_conv_left' is shared with another node"),

@@ -34,6 +34,9 @@ class Drawn:
         return {v for v, source in self.coded.items() if v == source}
 
 
+TENSORRT = find("tensorrt").integer
+
+
 def start(name: str, channels: int = 4, opset: int = 17) -> tuple[Net, str]:
     net = Net(name, opset)
     return net, net.input("x", ["N", channels, 8, 8])
@@ -292,3 +295,52 @@ def test_nothing_is_placed_for_nothing():
     net.output(net.conv(x, 4, 4, 1, name="a"))
     found = Drawn(net)
     assert not found.coded and not found.integer
+
+
+class TestForReadersAlone:
+    """TensorRT's placement: a tensor is coded for layers, for shortcuts, and where a pool lies between."""
+
+    def test_residual_adds(self):
+        net, x = start("residual, shortcut coded")
+        a = net.node("Relu", net.conv(x, 4, 4, 1, name="a"), name="ra")
+        b = net.conv(a, 4, 4, 1, name="b")
+        y = net.node("Relu", net.node("Add", a, b, name="add"), name="radd")
+        net.output(net.conv(y, 4, 4, 1, name="c"))
+        found = Drawn(net, "a", "b", "c", kernels=TENSORRT)
+        assert found.own == {"x", "ra", "radd"} == {*found.coded}  # no output of its own, and not between b and add
+        assert found.integer == {"a", "b", "c", "add"} and not found.passing and not found.made
+
+    def test_of_two_convolutions_the_shorter_way_is_the_shortcut(self):
+        for swapped in (False, True):
+            net, x = start(f"projection {swapped}")
+            b = net.conv(net.conv(x, 4, 4, 1, name="a"), 4, 4, 1, name="b")
+            p = net.conv(x, 4, 4, 1, name="p")
+            net.output(net.node("Add", *((p, b) if swapped else (b, p)), name="add"))
+            assert Drawn(net, "a", "b", "p", kernels=TENSORRT).own == {"x", "a", "p"}
+
+    @pytest.mark.parametrize("weighted", [("b",), ()])
+    def test_a_convolution_in_float_takes_no_shortcut_in(self, weighted):
+        net, x = start(f"float {weighted}")
+        y = net.conv(x, 4, 4, 1, name="a")
+        y = net.node("Add", y, net.node("Sigmoid", x, name="gate"), name="add")
+        net.output(net.conv(y, 4, 4, 1, name="b"))
+        assert Drawn(net, *weighted, kernels=TENSORRT).own == ({"add"} if weighted else set())
+
+    def test_an_add_of_a_constant_or_of_what_others_read_has_no_shortcut(self):
+        net, x = start("no shortcuts")
+        a = net.conv(x, 4, 4, 1, name="a")
+        shifted = net.node("Add", a, net.weight("c", net.random(4, 1, 1)), name="shift")
+        b = net.conv(shifted, 4, 4, 1, name="b")
+        net.output(net.node("Mul", net.node("Add", b, x, name="add"), b, name="both"))
+        assert Drawn(net, "a", "b", kernels=TENSORRT).own == {"x", "shift"}
+
+    def test_a_pool_between_coded_tensors(self):
+        net, x = start("pools")
+        for name, behind in (("in", True), ("out", False)):
+            pool = net.node("AveragePool", x, name=name, kernel_shape=[2, 2])
+            net.output(net.conv(pool, 4, 4, 1, name="b") if behind else pool)
+        net.output(net.conv(net.node("MaxPool", x, name="max", kernel_shape=[2, 2]), 4, 4, 1, name="c"))
+        net.output(net.conv(x, 4, 4, 1, name="a"))
+        found = Drawn(net, "a", "b", "c", kernels=TENSORRT)
+        assert found.own == {"x", "in", "max"} == {*found.coded}  # what moves values is moved over by the builder
+        assert found.integer == {"a", "b", "c", "in"}
