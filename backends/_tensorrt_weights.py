@@ -88,7 +88,7 @@ def blocks(node: ir.Node) -> Iterator[Broken]:
     for index, weight in _weights(node):
         decoder = weight.decoder
         scale, kind = (None, None) if decoder is None else (scales(decoder), code_type(decoder))
-        if scale is None or kind is None:
+        if scale is None or kind is None or not kind.is_integer():
             continue
         name, rank, size = weight.value.name, len(weight.order), decoder.attributes.get_int("block_size", 0)
         if kind.bitwidth > 4:

@@ -261,12 +261,13 @@ def _finish(
                 history.unproven.append(f"kept for the budgets of its passes, though {reason}")
     final = reached.clone()
     context.backend.emit(final)
+    judged = final.clone() if caveat(context.backend) else reached
     if changed:
         _sign(final, history)
-    accuracy: Accuracy | None = guard.accuracy(reached) if guard.evaluation is not None else None
+    accuracy: Accuracy | None = guard.accuracy(judged) if guard.evaluation is not None else None
     if accuracy is not None and guard.chosen_on_part:
         on_all = accuracy
-        accuracy, history.original.accuracy = guard.reported(reached), guard.reported(original)
+        accuracy, history.original.accuracy = guard.reported(judged), guard.reported(original)
         history.notes.append(
             f"accuracy is reported on the {accuracy.samples} evaluation samples that did not serve for choosing; on all"
             f" {on_all.samples} {on_all.metric} is {on_all.points:.2f} ({-on_all.drop:+.2f})"

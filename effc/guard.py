@@ -274,7 +274,9 @@ class Guard:
     def _evaluated(self, model: Model, part: str) -> dict[str, Score]:
         key = (model.revision, part)
         if key not in self._scores:
-            sessions = {"original": self.backend.session(self.original, threads=self.threads)}
+            # Where another runtime stands in, what is emitted is judged, by what the original itself means.
+            plain = {"optimize": not caveat(self.backend)}
+            sessions = {"original": self.backend.session(self.original, threads=self.threads, **plain)}
             if model.revision != self.original.revision:
                 sessions["model"] = self.backend.session(model, threads=self.threads)
             # A branch goes one way for the whole batch: only at the deployed batch does it go as it will.

@@ -22,7 +22,7 @@ from effc import registry
 from effc.capture import from_proto
 from effc.errors import BadInput, EffcError
 from effc.guard import quantised
-from effc.history import KEPT, UNDONE
+from effc.history import KEPT
 from effc.model import Model
 from effc.verify import difference
 from tests import networks
@@ -383,17 +383,27 @@ class TestReport:
     def test_limits_on_accuracy_hold(self):
         """The labels are the original's own answers, so that a drop is what changed its mind."""
         proto = plain()
-        inputs = feeds(proto, batch=256, seed=3)["x"]
-        labels = run(proto, {"x": inputs})["fc"].argmax(axis=1)
-        data = {"source": {"x": inputs}, "inputs": {"x": "x"}}
-        told = {"evaluate": {"source": lambda: iter([{"x": inputs, "y": labels}]), "labels": "y"}, "measure": True}
-        del data
-        calibrate = {"source": lambda: iter(samples(proto))}
-        kept = effc.optimize(proto, RECIPE, target_name="tensorrt", calibrate=calibrate, max_drop=50, **told)
-        assert kept.history.stages[-1].status == KEPT
-        coarse = "fold-batchnorm, int8{calibrator=percentile,percentile=60}"
-        spoilt = effc.optimize(proto, coarse, target_name="tensorrt", calibrate=calibrate, max_drop=1, **told)
-        assert spoilt.history.stages[-1].status == UNDONE or spoilt.history.final.accuracy.drop <= 1
+        inputs = feeds(proto, batch=256, seed=3)
+        labels = run(proto, inputs)["fc"].argmax(axis=1)
+        evaluate = {"source": lambda: iter([{**inputs, "y": labels}]), "labels": "y"}
+        settings = {"target_name": "tensorrt", "evaluate": evaluate}
+        settings["calibrate"] = {"source": lambda: iter(samples(proto))}
+        kept = effc.optimize(proto, RECIPE, max_drop=50, **settings).history
+        assert kept.stages[-1].status == KEPT and kept.final.accuracy.agreement > 0.8
+        coarse = "fold-batchnorm, int8{calibrator=percentile, percentile=60}"
+        spoilt = effc.optimize(proto, coarse, force=True, **settings).history
+        assert spoilt.final.accuracy.drop > 5
+        held = effc.optimize(proto, coarse, max_drop=5, **settings).history
+        assert held.final.accuracy.drop <= 5
+
+    def test_what_is_emitted_is_judged_by_what_the_original_means(self):
+        """Nothing is kept of the recipe, and the file is in float16 all the same: that is not free of charge."""
+        inputs = feeds(plain(), batch=64, seed=3)
+        data = {"source": lambda: iter([inputs]), "metric": "kl"}
+        history = made(plain(), "simplify", target="tensorrt-fp16", evaluate=data).history
+        assert history.original.accuracy.damage == 0 and 0 < history.final.accuracy.damage < 1e-4
+        assert made(plain(), "simplify", evaluate=data).history.final.accuracy.damage < 1e-10
+        assert 0.5 <= history.final.size / history.original.size < 0.6
 
     def test_a_target_with_figures_is_predicted_by_its_roofline(self):
         history = made(plain(), target="tensorrt-a100").history

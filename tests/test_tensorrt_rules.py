@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -321,6 +323,14 @@ def test_each_rule_is_tried():
 
     assert [rule.number for rule in RULES] == list(range(1, 13))
     assert {n for n, *_ in (*BROKEN.values(), *ADVICE.values())} == set(range(1, 13))
+
+
+def test_the_page_lists_the_rules_as_the_table_has_them():
+    from effc.backends._tensorrt_rules import RULES
+
+    page = (Path(__file__).parent.parent / "docs" / "tensorrt.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ")[:3] for line in page.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert rows == [[str(rule.number), rule.name, rule.allowed] for rule in RULES]
 
 
 @pytest.mark.parametrize("case", [*BROKEN, *ADVICE])
