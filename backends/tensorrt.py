@@ -30,10 +30,6 @@ from ._tensorrt_half import to_half
 from ._tensorrt_rules import NEWEST_OPSET, OLDEST_OPSET, check
 from .onnxruntime import OnnxRuntime, OnnxRuntimeSession, load_session, session_options
 
-# It would quantise weights that stay floats, one scale a tensor (onnxruntime's own optimiser of that name).
-UNASKED = "WeightBiasQuantization"
-DISABLED = "optimization.disable_specified_optimizers"
-
 
 class TensorRT:
     """The backend of that name; see `effc.runtime.Backend`.
@@ -68,9 +64,8 @@ class TensorRT:
             model = load(model)
         if optimize and not expose:
             model = self._lowered(model)
-        options = session_options(threads, optimize=False)
-        options.add_session_config_entry(DISABLED, UNASKED)
-        return load_session(model, options, expose)
+        # Its optimiser would fuse what TensorRT does not, and quantise float weights between DQ and Q unasked.
+        return load_session(model, session_options(threads, optimize=False), expose)
 
     def _lowered(self, model: Model) -> Model:
         """A copy in the emitted form; remembered until the next edit."""

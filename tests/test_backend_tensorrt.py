@@ -422,6 +422,9 @@ def test_the_written_file_is_what_was_judged(tmp_path):
     inputs = feeds(proto, batch=2)
     assert difference(HALF.session(result.model).run(inputs), run(onnx.load(path), inputs)) <= 1e-6
     assert errors(effc.load(path)) == []
+    with pytest.raises(BadInput, match="nothing for TensorRT"):
+        effc.save(made(proto, target="onnxruntime-avx2", measure=False).model, path, backend=TENSORRT)
+    assert errors(effc.load(effc.save(from_proto(proto), path, backend=HALF))) == []
 
 
 def test_the_same_input_gives_the_same_bytes():

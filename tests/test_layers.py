@@ -4,6 +4,7 @@ import itertools
 import re
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from effc.capture import from_proto
@@ -99,6 +100,11 @@ def dense(op: str, bias: np.ndarray | None = None, **attributes) -> tuple[Net, s
         inputs.append(net.weight("c", bias.astype(np.float32)))
     net.output(net.node(op, *inputs, name="fc", **attributes))
     return net, "node_fc"
+
+
+@pytest.mark.parametrize(("op", "rank", "axis"), [("Conv", 4, 0), ("ConvTranspose", 4, 1), ("MatMul", 3, 2)])
+def test_the_axis_of_outputs(op, rank, axis):
+    assert output_axis(ir.Node("", op, []), rank) == axis
 
 
 @pytest.mark.parametrize(("op", "attributes"), [("MatMul", {}), ("Gemm", {}), ("Gemm", {"transB": 1})])

@@ -109,6 +109,15 @@ def test_balanced_rounding_keeps_the_mean_output(axis, shape):
     assert (np.abs(balanced.decoded() - weight) <= steps * (1 + 1e-4)).all()
 
 
+def test_balanced_rounding_turns_no_zero():
+    """Most weights are zero, and meet small inputs: turned, they would take off what is left of the drift."""
+    rng = np.random.default_rng(2)
+    weight = rng.standard_normal((16, 64)).astype(np.float32) * (rng.random((16, 64)) < 0.15)
+    q = quantize_weight(weight, 0, mean=np.where(weight == 0, 0.05, 2.0))
+    assert not q.codes[weight == 0].any()
+    assert (q.codes != quantize_weight(weight, 0).codes).any()
+
+
 def test_balanced_rounding_of_inputs_that_are_zero_in_the_mean_is_the_nearest():
     weight = RNG.standard_normal((6, 20)).astype(np.float32)
     q = quantize_weight(weight, 0, mean=np.zeros_like(weight))
