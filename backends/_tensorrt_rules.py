@@ -72,7 +72,8 @@ def _rule(number: int, name: str, allowed: str) -> Callable[[Check], Check]:
 
 def check(model: Model) -> tuple[Finding, ...]:
     """Every place where a model breaks a rule, in the graph's order, sub-graphs and local functions included."""
-    found = [_finding(RULES_OF_MODELS[0], broken, model.name, "") for broken in _opset(model)]
+    of_opsets = next(rule for rule in RULES if rule.check is opsets)
+    found = [_finding(of_opsets, broken, model.name, "") for broken in _opset(model)]
     bodies = (model.graph, *model.ir.functions.values())
     for node in (n for body in bodies for n in body.all_nodes()):
         for rule in RULES:
@@ -253,6 +254,7 @@ def operators(node: ir.Node, model: Model) -> Iterator[Broken]:
 
 
 def _opset(model: Model) -> Iterator[Broken]:
+    """The part of rule 8 that is about the model as a whole."""
     if not OLDEST_OPSET <= model.opset <= NEWEST_OPSET:
         yield Broken(f"opset {model.opset}", f"export it at opset {OLDEST_OPSET} to {NEWEST_OPSET}")
 
@@ -267,9 +269,6 @@ def opsets(node: ir.Node, model: Model) -> Iterator[Broken]:
             yield Broken(f"4-bit codes or blocks at opset {model.opset}", f"export it at opset {BLOCK_OPSET} or later")
     elif scale is not None and scale.size > 1 and model.opset < CHANNEL_OPSET:
         yield Broken(f"{scale.size} scales at opset {model.opset}", f"export it at opset {CHANNEL_OPSET} or later")
-
-
-RULES_OF_MODELS = [next(rule for rule in RULES if rule.number == 8)]
 
 
 @_rule(

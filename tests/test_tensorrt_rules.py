@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from effc import registry
+from effc.capture import as_written
 from effc.errors import BadInput
 from effc.model import Model
 from effc.runtime import Finding
@@ -409,3 +410,11 @@ def test_a_backend_without_rules_says_so():
         BadInput, match="the backend 'onnxruntime' states no rules; those of tensorrt, tensorrt-fp16 can"
     ):
         registry.checker("onnxruntime")
+
+
+def test_the_models_that_onnx_carries_are_survived():
+    """Exported networks, large ones among them without their weights, control flow, sequences; of opsets from 1 on."""
+    files = sorted((Path(onnx.__file__).parent / "backend" / "test" / "data").rglob("*.onnx"))
+    assert len(files) > 100
+    for file in files:
+        assert {f.number for f in TENSORRT.check(as_written(file)) if f.error} <= {8}, file
