@@ -48,19 +48,53 @@ def in_turn(weight: np.ndarray, metric: np.ndarray, choose: Choose) -> tuple[np.
     Args:
         choose: (w^2 / [H^-1]_qq of a block of columns as they are by then, which columns) -> those to keep.
     """
-    made, kept = weight.copy(), np.ones(weight.shape, bool)
-    inverse = cho_solve(cho_factor(metric, lower=True, check_finite=False), np.eye(len(metric)), check_finite=False)
-    upper = cholesky(inverse, lower=False, check_finite=False)
-    for begin in range(0, weight.shape[1], BLOCK):
-        block = slice(begin, min(begin + BLOCK, weight.shape[1]))
-        kept[:, block] = choose((made[:, block] / upper.diagonal()[block]) ** 2, block)
-        errors = np.zeros((len(weight), block.stop - begin))
-        for column in range(begin, block.stop):
-            off = np.where(kept[:, column], 0.0, made[:, column]) / upper[column, column]
-            made[:, column : block.stop] -= np.outer(off, upper[column, column : block.stop])
-            errors[:, column - begin] = off
-        made[:, block.stop :] -= errors @ upper[block, block.stop :]
+    kept = np.ones(weight.shape, bool)
+
+    def enter(values: np.ndarray, spread: np.ndarray, block: slice) -> None:
+        kept[:, block] = choose((values / spread) ** 2, block)
+
+    made = feed_back(weight, metric, lambda values, column: np.where(kept[:, column], values, 0.0), enter)
     return np.where(kept, made, 0.0), kept
+
+
+def feed_back(
+    weight: np.ndarray,
+    metric: np.ndarray,
+    settle: Callable[[np.ndarray, int], np.ndarray],
+    enter: Callable[[np.ndarray, np.ndarray, slice], None] | None = None,
+) -> np.ndarray:
+    """Settle columns from first to last; those that have not been make up for what each loses.
+
+    Args:
+        weight: [..., N, D].
+        metric: [..., D, D] H, positive definite.
+        settle: (a column as it is by then [..., N], its number) -> what becomes of it.
+        enter: told of each block of columns before: (values, diagonal of the factor of H^-1, which columns).
+    """
+    made = weight.copy()
+    upper = _inverse_factor(metric)
+    diagonal = np.diagonal(upper, axis1=-2, axis2=-1)
+    for begin in range(0, weight.shape[-1], BLOCK):
+        block = slice(begin, min(begin + BLOCK, weight.shape[-1]))
+        if enter is not None:
+            enter(made[..., block], diagonal[..., block], block)
+        errors = np.zeros((*weight.shape[:-1], block.stop - begin))
+        for column in range(begin, block.stop):
+            held = settle(made[..., column], column)
+            off = (made[..., column] - held) / diagonal[..., column, None]
+            made[..., column : block.stop] -= off[..., None] * upper[..., None, column, column : block.stop]
+            made[..., column] = held
+            errors[..., column - begin] = off
+        made[..., block.stop :] -= errors @ upper[..., block, block.stop :]
+    return made
+
+
+def _inverse_factor(metric: np.ndarray) -> np.ndarray:
+    """U of H^-1 = U^T U."""
+    if metric.ndim > 2:
+        return np.linalg.cholesky(np.linalg.inv(metric)).swapaxes(-1, -2)
+    inverse = cho_solve(cho_factor(metric, lower=True, check_finite=False), np.eye(len(metric)), check_finite=False)
+    return cholesky(inverse, lower=False, check_finite=False)
 
 
 def lost(weight: np.ndarray, made: np.ndarray, metric: np.ndarray) -> float:
