@@ -155,17 +155,24 @@ def quantize_weight(
             channel's mean output stays where it was, rather than each to the nearest.
     """
     top = 2 ** (bits - 1) - 1
-    others = tuple(i for i in range(weight.ndim) if i != axis)
-    largest = np.abs(weight).max(axis=others).astype(np.float64)
-    scales = np.where(largest > 0, largest / top, 1.0)
-    if bias is not None and input_scale > 0:
-        scales = np.maximum(scales, np.abs(bias) / (input_scale * 2.0**30))
-    scales = np.maximum(scales, np.finfo(np.float32).tiny).astype(np.float32)
+    scales = weight_scales(weight, axis, bits=bits, bias=bias, input_scale=input_scale)
     exact = weight / scales.reshape(_along(axis, weight.ndim)).astype(np.float64)
     codes = np.clip(np.rint(exact), -top, top)
     if mean is not None:
         codes = _balanced(codes, exact, mean, axis, top)
     return Weight(codes.astype(np.int8), scales, axis)
+
+
+def weight_scales(
+    weight: np.ndarray, axis: int, *, bits: int = 8, bias: np.ndarray | None = None, input_scale: float = 0.0
+) -> np.ndarray:
+    """One positive scale per index of `axis`; arguments as those of `quantize_weight`."""
+    others = tuple(i for i in range(weight.ndim) if i != axis)
+    largest = np.abs(weight).max(axis=others).astype(np.float64)
+    scales = np.where(largest > 0, largest / (2 ** (bits - 1) - 1), 1.0)
+    if bias is not None and input_scale > 0:
+        scales = np.maximum(scales, np.abs(bias) / (input_scale * 2.0**30))
+    return np.maximum(scales, np.finfo(np.float32).tiny).astype(np.float32)
 
 
 def _balanced(codes: np.ndarray, exact: np.ndarray, mean: np.ndarray, axis: int, top: int) -> np.ndarray:

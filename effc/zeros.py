@@ -29,6 +29,11 @@ def sparser(model: Model, original: Model) -> set[str]:
     return found
 
 
+def is_sparse(weight: np.ndarray) -> bool:
+    """Whether so many weights of a layer are zero that they were made so: 5 %."""
+    return np.count_nonzero(weight) <= (1 - LEAST) * weight.size
+
+
 def hold_zeros(trainer: Trainer, view: Any, model: Model) -> list[str]:
     """Mask the weights of layers of which so large a share is zero: 5 %, of integer codes 50 %; what to tell of it."""
     zeros = total = layers = 0

@@ -13,6 +13,7 @@ from effc.model import Model
 from effc.placement import Placement
 from effc.quantize import Affine, quantize_weight
 
+from ._integer_fit import Fit
 from ._stem import widen
 
 UNASKED = ("Conv", "ConvTranspose", "Gemm")  # whose float weights onnxruntime quantises unasked
@@ -37,10 +38,11 @@ class Lowering:
         corrected: bool = False,
         inputs_in: int = 1,
         float_bias: bool = False,
+        fit: Fit | None = None,
     ) -> None:
         self.model = model
         self.bits, self.balanced, self.corrected = bits, balanced, corrected
-        self.inputs_in, self.float_bias = inputs_in, float_bias
+        self.inputs_in, self.float_bias, self.fit = inputs_in, float_bias, fit
         self._source: dict[ir.Value, ir.Value] = {}  # decoded graph input -> graph input
         self._codes: dict[ir.Value, ir.Value] = {}
         self._decoded: dict[ir.Value, ir.Value] = {}
@@ -67,6 +69,8 @@ class Lowering:
                     edit.set_input(self.model, node, index, self._for_float(value, node, index))
             if value.is_graph_output() and placement.made_in_codes(value):
                 edit.hand_over_output(self.model, value, self._decoded[value])
+        if self.fit is not None:
+            self.fit.start(self.model)
         for node in [n for n in self.model.graph if n in inputs]:
             if node.op_type in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
                 self._weighted(node, ranges[placement.coded[inputs[node]]], means.get(node))
@@ -170,19 +174,17 @@ class Lowering:
         bias = bias_array(self.model, node, weight.shape[axis])
         if node.op_type == "Gemm":
             weight = weight * np.float32(node.attributes.get_float("alpha", 1.0))
-        met = None if mean is None else mean_inputs(node, mean, weight)
-        q = quantize_weight(
-            weight,
-            axis,
-            bits=self.bits,
-            bias=None if self.float_bias else bias,
-            input_scale=float(x.scale),
-            mean=met if self.balanced else None,
-        )
-        if self.corrected and met is not None and node.op_type != "MatMul":
-            others = tuple(i for i in range(weight.ndim) if i != axis)
-            shift = ((q.decoded() - weight.astype(np.float64)) * met).sum(axis=others)
-            bias = (0.0 if bias is None else bias) - shift
+        wide = None if self.float_bias else bias  # that has to fit 32 bits
+        settings = {"bits": self.bits, "bias": wide, "input_scale": float(x.scale)}
+        if self.fit is not None and self.fit.takes(node, weight):
+            q, bias = self.fit.codes(node, weight, axis, bias, settings)
+        else:
+            met = None if mean is None else mean_inputs(node, mean, weight)
+            q = quantize_weight(weight, axis, **settings, mean=met if self.balanced else None)
+            if self.corrected and met is not None and node.op_type != "MatMul":
+                others = tuple(i for i in range(weight.ndim) if i != axis)
+                shift = ((q.decoded() - weight.astype(np.float64)) * met).sum(axis=others)
+                bias = (0.0 if bias is None else bias) - shift
         codes = q.codes
         if node.op_type == "Conv" and (image := self._source.get(node.inputs[0])) is not None:
             codes = widen(self.model, node, codes, image, self._codes[image], self._parameters[image], self.inputs_in)

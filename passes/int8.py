@@ -8,7 +8,7 @@ are quantised dynamically, and convolutions are left alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Annotated, ClassVar, Literal
 
@@ -27,6 +27,7 @@ from effc.statistics import Bins, Histogram, Mean
 from effc.target import IntegerKernels
 
 from ._integer_costs import layer_costs, sides
+from ._integer_fit import Fit
 from ._integer_graph import Lowering
 from ._sensitivity import local_damage, output_damage
 
@@ -47,10 +48,17 @@ class Int8(Pass):
         float, Field(gt=50, le=100, description="share of values, in percent, that percentile keeps")
     ] = 99.99
     rounding: Annotated[
-        Literal["nearest", "balanced"], Field(description="balanced: weights near a tie keep the layer's mean output")
-    ] = "balanced"
+        Literal["nearest", "balanced", "gptq"],
+        Field(
+            description="balanced: weights near a tie keep the layer's mean output; gptq: layer after layer, weights "
+            "make up for each other's rounding by what the layer meets"
+        ),
+    ] = "gptq"
+    asymmetric: Annotated[
+        bool, Field(description="gptq: layers make up for what integers before them changed, as far as that is sure")
+    ] = True
     bias_correction: Annotated[
-        bool, Field(description="take the shift of the mean output that rounded weights cause off the bias")
+        bool, Field(description="take the shift of the mean output that rounding causes off the bias")
     ] = True
     keep_float: Annotated[tuple[str, ...], Field(description="names or patterns (*) of layers to leave in float")] = ()
     size: Annotated[float | None, Field(gt=0, le=1, description="share of weight bytes to keep at most")] = None
@@ -77,7 +85,8 @@ class Int8(Pass):
         if context.calibration is None or not nodes:
             return dict.fromkeys(nodes)
         if context.precise:
-            return output_damage(self, model, nodes, context)
+            quick = replace(self, rounding="balanced")  # a fit for each layer would take long
+            return output_damage(quick, model, nodes, context)
         placement = plan(model, [n.name for n in nodes], context.target.integer)
         bins, _ = self._observed(model, placement, context)
         inputs = {v: (self._affine(b, context), b) for v, b in bins.items()}
@@ -132,10 +141,11 @@ class Int8(Pass):
         lowering = Lowering(
             model,
             _bits(context),
-            balanced=self.rounding == "balanced",
+            balanced=self.rounding != "nearest",  # that which cannot be fitted as well
             corrected=self.bias_correction,
             inputs_in=context.target.integer.inputs_in,
             float_bias=context.target.integer.float_bias,
+            fit=self._fit(model, context) if static else None,
         )
         if static:
             placement = plan(model, static, context.target.integer)
@@ -145,13 +155,18 @@ class Int8(Pass):
         for site in (p.site for p in chosen if p.setting["form"] == "dynamic"):
             lowering.dynamic(model.node(site))
 
+    def _fit(self, model: Model, context: Context) -> Fit | None:
+        if self.rounding != "gptq":
+            return None
+        return Fit(model, context, asymmetric=self.asymmetric, corrected=self.bias_correction)
+
     def _observed(
         self, model: Model, placement: Placement, context: Context
     ) -> tuple[dict[ir.Value, Bins], dict[ir.Node, np.ndarray]]:
         """Histograms of the tensors with codes of their own, and mean inputs of the layers."""
         histograms = {v: Histogram(v.name) for v, source in placement.coded.items() if v is source}
         means = {}
-        if self.bias_correction or self.rounding == "balanced":
+        if self.bias_correction or self.rounding != "nearest":
             layers = (n for n in model.nodes(*WEIGHTED) if n in placement.integer)
             means = {n: Mean(n.inputs[0].name, features=n.op_type != "Conv") for n in layers}
         found = context.statistics(model, [*histograms.values(), *means.values()])
