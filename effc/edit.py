@@ -335,6 +335,14 @@ def discard(model: Model, values: Iterable[ir.Value | None]) -> None:
     model.touch()
 
 
+def rename(model: Model, value: ir.Value) -> None:
+    """Give a tensor another name, for it no longer means what it did. Raises PassFailed for outputs and inputs."""
+    if not _renameable(model, value):
+        raise PassFailed(f"{value.name!r} is not a tensor that the main graph makes and keeps")
+    value.name = fresh(model, value.name)
+    model.touch()
+
+
 def hand_over_output(model: Model, old: ir.Value, new: ir.Value) -> None:
     """Let `new` be the graph output that `old` is, under its name; `old` gets another. Readers of `old` stay."""
     if not old.is_graph_output():

@@ -75,6 +75,25 @@ class Mean(Request):
 
 
 @dataclass(frozen=True)
+class Extent(Request):
+    """How far a tensor reaches along one axis -> `Extents`, a number for each index."""
+
+    axis: int = 1
+
+    def start(self) -> Accumulator:
+        return _ExtentAccumulator(self.axis)
+
+
+@dataclass(frozen=True)
+class Extents:
+    """Smallest, largest and mean squared value of each index along an axis."""
+
+    minimum: np.ndarray
+    maximum: np.ndarray
+    power: np.ndarray
+
+
+@dataclass(frozen=True)
 class Bins:
     """A histogram: `counts[i]` values fell into [low + i * width, low + (i + 1) * width)."""
 
@@ -165,6 +184,31 @@ class _MeanAccumulator:
 
     def result(self) -> np.ndarray | None:
         return self.total / self.rows if self.alike and self.total is not None and self.rows else None
+
+
+class _ExtentAccumulator:
+    def __init__(self, axis: int) -> None:
+        self.axis = axis
+        self.found: list[np.ndarray] = []
+        self.rows = 0
+
+    def update(self, values: np.ndarray, *beside: np.ndarray) -> None:
+        others = tuple(i for i in range(values.ndim) if i != self.axis % values.ndim)
+        rows = math.prod(values.shape[i] for i in others)
+        if not rows:
+            return
+        low, high = values.min(axis=others), values.max(axis=others)
+        power = np.square(values, dtype=np.float64).sum(axis=others)
+        if self.rows:
+            low, high = np.minimum(low, self.found[0]), np.maximum(high, self.found[1])
+            power += self.found[2]
+        self.found, self.rows = [low, high, power], self.rows + rows
+
+    def result(self) -> Extents | None:
+        if not self.rows:
+            return None
+        low, high, power = self.found
+        return Extents(low, high, power / self.rows)
 
 
 def collect(model: Model, requests: Iterable[Request], context: Context) -> dict[Request, Any]:

@@ -26,9 +26,11 @@ TARGET = target.find("onnxruntime-avx2").name  # whose weights keep to 7 bits: r
 OPTIONS: dict[str, list[str]] = {
     "simplify": [],
     "fold-batchnorm": [],
+    "equalize": ["equalize{margin=0.25, least=0.5}"],
     "int8": [
         "int8{calibrator=percentile, percentile=99.5}",
         "int8{calibrator=entropy, rounding=nearest, bias_correction=false, size=0.5}",
+        "int8{rounding=balanced, asymmetric=false}",
         "int8{keep_float=[conv1, 'block [0-9]*', \"a, b\"], max_drop=0.25}",
     ],
     "low-rank": [
