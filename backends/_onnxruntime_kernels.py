@@ -75,7 +75,8 @@ def tensors(
             continue
         if not all(isinstance(d, int) for d in shape):
             shape = tuple(sizes.get(d, d) if isinstance(d, str) else d for d in shape)
-        if not all(isinstance(d, int) for d in shape):
+        # An empty shape is that of a scalar, or of a tensor whose rank was not found.
+        if not shape or not all(isinstance(d, int) for d in shape):
             named = known.get(value.name)
             if named is None or not all(isinstance(d, int) for d in named):
                 continue

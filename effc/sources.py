@@ -268,7 +268,12 @@ class Function(Source):
             ids = np.arange(offset, offset + len(batch[names[0]]))
             keep = _among(ids, rows)
             if keep.any():
-                held.append({name: batch[name][keep] for name in names})
+                kept = {name: batch[name][keep] for name in names}
+                if held and any(held[-1][name].shape[1:] != kept[name].shape[1:] for name in names):
+                    if sum(len(h[names[0]]) for h in held):  # sequences of another length make a batch of their own
+                        yield {name: np.concatenate([h[name] for h in held]) for name in names}
+                    held = []
+                held.append(kept)
             count = sum(len(h[names[0]]) for h in held)
             if count >= size:
                 whole = {name: np.concatenate([h[name] for h in held]) for name in names}

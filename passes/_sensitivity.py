@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,8 +45,13 @@ def local_damage(
     return damages
 
 
-def output_damage(step: Int8, model: Model, nodes: Sequence[ir.Node], context: Context) -> dict[ir.Node, float]:
-    """Rise of the output divergence with one layer quantised at a time, in nats a sample, on calibration data."""
+def output_damage(step: Int8, model: Model, forms: Mapping[ir.Node, str], context: Context) -> dict[ir.Node, float]:
+    """Rise of the output divergence with one layer quantised at a time, in nats a sample, on calibration data.
+
+    Args:
+        forms: the layers, and whether each is quantised "static" or "dynamic".
+    """
+    nodes = list(forms)
     data = context.calibration.first(SAMPLES).for_model(model)
     reference = context.backend.session(context.original, threads=context.threads)
     advance = context.progress("estimating damage layer by layer", len(nodes))
@@ -56,7 +61,7 @@ def output_damage(step: Int8, model: Model, nodes: Sequence[ir.Node], context: C
         sessions = {"original": reference}
         for node in group:
             alone = model.clone()
-            step.rewrite(alone, [Proposal(node.name, (node.name,), {"form": "static"})], context)
+            step.rewrite(alone, [Proposal(node.name, (node.name,), {"form": forms[node]})], context)
             sessions[node.name] = context.backend.session(alone, threads=context.threads)
         scores = evaluate(sessions, data, batch=model.batch, reference="original", metric=None)
         damages.update({node: scores[node.name].damage for node in group})

@@ -26,6 +26,7 @@ from effc.quantize import Affine, affine, choose_range
 from effc.statistics import Bins, Histogram, Mean
 from effc.target import IntegerKernels
 
+from ._dynamic import dynamic_layers
 from ._integer_costs import layer_costs, sides
 from ._integer_fit import Fit
 from ._integer_graph import Lowering
@@ -47,6 +48,10 @@ class Int8(Pass):
     percentile: Annotated[
         float, Field(gt=50, le=100, description="share of values, in percent, that percentile keeps")
     ] = 99.99
+    activations: Annotated[
+        Literal["auto", "static", "dynamic"],
+        Field(description="ranges from calibration data, or as it runs; auto: as it runs for products between floats"),
+    ] = "auto"
     rounding: Annotated[
         Literal["nearest", "balanced", "gptq"],
         Field(
@@ -75,22 +80,31 @@ class Int8(Pass):
         refusals |= _strays({n for n in nodes if not refusals[n]}, model, context.target.integer)
         yield from (Skipped(n.name, reason) for n, reason in refusals.items() if reason)
         proposals = [n for n in nodes if not refusals[n]]
-        damages = self._damages(model, proposals, context)
-        form = "dynamic" if context.calibration is None else "static"
-        costs = layer_costs(model, proposals, context, static=form == "static")
+        placement = plan(model, [n.name for n in proposals], context.target.integer)
+        dynamic = set(proposals)
+        if context.calibration is not None:
+            dynamic = dynamic_layers(proposals, placement, context.target, self.activations)
+        forms = {n: "dynamic" if n in dynamic else "static" for n in proposals}
+        damages = self._damages(model, forms, placement, context)
+        costs = layer_costs(model, [n for n in proposals if n not in dynamic], context, static=True)
+        costs |= layer_costs(model, [n for n in proposals if n in dynamic], context, static=False)
         for node in proposals:
-            yield Proposal(node.name, (node.name,), {"form": form}, *costs[node], damages[node])
+            yield Proposal(node.name, (node.name,), {"form": forms[node]}, *costs[node], damages[node])
 
-    def _damages(self, model: Model, nodes: list[ir.Node], context: Context) -> Mapping[ir.Node, float | None]:
-        if context.calibration is None or not nodes:
-            return dict.fromkeys(nodes)
+    def _damages(
+        self, model: Model, forms: Mapping[ir.Node, str], placement: Placement, context: Context
+    ) -> Mapping[ir.Node, float | None]:
+        if context.calibration is None or not forms:
+            return dict.fromkeys(forms)
         if context.precise:
             quick = replace(self, rounding="balanced")  # a fit for each layer would take long
-            return output_damage(quick, model, nodes, context)
-        placement = plan(model, [n.name for n in nodes], context.target.integer)
+            return output_damage(quick, model, forms, context)
         bins, _ = self._observed(model, placement, context)
         inputs = {v: (self._affine(b, context), b) for v, b in bins.items()}
-        return local_damage(nodes, inputs, _bits(context))
+        for node in [n for n, form in forms.items() if form == "dynamic"]:
+            seen = bins[node.inputs[0]]
+            inputs[node.inputs[0]] = affine(seen.minimum, seen.maximum), seen
+        return local_damage(list(forms), inputs, _bits(context))
 
     def _refusal(self, model: Model, node: ir.Node, context: Context) -> str | None:
         """Why a node stays in float whatever stands around it, or None."""
@@ -152,8 +166,9 @@ class Int8(Pass):
             bins, means = self._observed(model, placement, context)
             ranges = {v: self._affine(b, context) for v, b in bins.items()}
             lowering.static(placement, ranges, means)
-        for site in (p.site for p in chosen if p.setting["form"] == "dynamic"):
-            lowering.dynamic(model.node(site))
+        dynamic = [model.node(p.site) for p in chosen if p.setting["form"] == "dynamic"]
+        for node in dynamic:
+            lowering.dynamic(node)
 
     def _fit(self, model: Model, context: Context) -> Fit | None:
         if self.rounding != "gptq":

@@ -27,7 +27,11 @@ OPTIONS: dict[str, list[str]] = {
     "simplify": [],
     "fold-batchnorm": [],
     "equalize": ["equalize{margin=0.25, least=0.5}"],
+    "bound-masks": [],
+    "unfuse": [],
+    "smooth": ["smooth{insert=0.01}"],
     "int8": [
+        "int8{activations=static}",
         "int8{calibrator=percentile, percentile=99.5}",
         "int8{calibrator=entropy, rounding=nearest, bias_correction=false, size=0.5}",
         "int8{rounding=balanced, asymmetric=false}",

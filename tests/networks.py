@@ -194,6 +194,31 @@ def transformer() -> onnx.ModelProto:
     return net.model()
 
 
+def masked() -> onnx.ModelProto:
+    """An encoder's block with its norms behind the sums, some positions hidden; one channel stands out."""
+    net = Net("masked")
+    x, seen = net.input("input", ["N", "T", 16]), net.input("seen", ["N", "T"])
+    parts = [net.node("MatMul", x, net.weight(f"{p}.weight", net.random(16, 16, scale=0.25)), name=p) for p in "qkv"]
+    hidden = net.node("Less", seen, net.weight("least", np.float32(-1)))
+    mask = net.node("Where", hidden, net.weight("low", np.float32(-1e9)), net.weight("none", np.float32(0)))
+    mask = net.node("Unsqueeze", mask, net.weight("axis", np.array([1])), name="mask")
+    scores = net.node("MatMul", parts[0], net.node("Transpose", parts[1], perm=[0, 2, 1]))
+    y = net.node("MatMul", net.node("Softmax", net.node("Add", scores, mask, name="scores"), axis=-1), parts[2])
+    for name, sizes in (("a", [16]), ("f", [32, 16])):
+        inner, kept = 16, x
+        y = x if name == "f" else y
+        for place, size in enumerate(sizes):
+            y = net.node("MatMul", y, net.weight(f"{name}{place}.w", net.random(inner, size, scale=inner**-0.5)))
+            y = net.node("Add", y, net.weight(f"{name}{place}.b", net.random(size, scale=0.2)))
+            y, inner = net.node("Mul", y, net.node("Sigmoid", y)) if size == 32 else y, size
+        scale = 1 + net.random(16, scale=0.2)
+        scale[3] = 12
+        norm = [net.weight(f"{name}.scale", scale), net.weight(f"{name}.shift", net.random(16, scale=0.1))]
+        y = x = net.node("LayerNormalization", net.node("Add", kept, y, name=f"{name}_sum"), *norm, name=f"{name}_norm")
+    net.output(y, ["N", "T", 16])
+    return net.model()
+
+
 def _dynamic_shape(net: Net, x: str, name: str, tail: list[int]) -> str:
     """[size of axis 0, size of axis 1, *tail], as torch's first exporter spells it."""
     sizes = []
@@ -299,6 +324,7 @@ NETWORKS: dict[str, Callable[[], onnx.ModelProto]] = {
     f.__name__: f
     for f in (
         plain, residual, depthwise, branches, mlp, transformer, old, control, transposed, sound, half, two_outputs,
+        masked,
     )
 }  # fmt: skip
 

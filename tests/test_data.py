@@ -206,6 +206,14 @@ def test_functions_are_streamed_in_batches_of_any_size(function, size):
     assert len(data) == 12
 
 
+def test_sequences_of_another_length_make_a_batch_of_their_own():
+    lengths = [3, 3, 3, 5, 5, 2, 3]
+    made = [{"x": np.full((1, n), i, np.float32)} for i, n in enumerate(lengths)]
+    batches = [b.feeds["x"] for b in open_data({"source": lambda: iter(made)}).batches(2)]
+    assert [b.shape for b in batches] == [(2, 3), (1, 3), (2, 5), (1, 2), (1, 3)]
+    assert np.concatenate([b[:, 0] for b in batches]).tolist() == list(range(7))
+
+
 def test_parts_of_a_function(function):
     data = open_data(f"{function}:batches{{labels=y}}")
     even, odd = data.split()

@@ -35,7 +35,7 @@ def norms(model: Model) -> int:
     [
         ("plain", 2, 0), ("residual", 6, 0), ("depthwise", 4, 0), ("branches", 3, 1), ("mlp", 4, 0), ("old", 1, 0),
         ("transformer", 0, 0), ("control", 2, 0), ("transposed", 3, 0), ("sound", 2, 0), ("half", 2, 0),
-        ("two_outputs", 0, 2),
+        ("two_outputs", 0, 2), ("masked", 0, 0),
     ],
 )  # fmt: skip
 def test_sites_and_outputs_of_every_network(name, sites, left):
@@ -49,7 +49,7 @@ def test_sites_and_outputs_of_every_network(name, sites, left):
 
 
 def test_every_network_is_in_the_table_above():
-    assert len(NETWORKS) == 12
+    assert len(NETWORKS) == 13
 
 
 def reference(x: np.ndarray, gamma, beta, mean, var, eps: float) -> np.ndarray:

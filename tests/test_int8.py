@@ -324,7 +324,7 @@ def test_a_dense_layer_with_an_activation_runs_in_integers_before_a_layer_in_flo
     net = Net("dense before float")
     x = net.relu(net.linear(net.input("x", ["N", 64]), 64, 48, name="a"))
     net.output(net.linear(x, 48, 10, name="kept"), ["N", 10])
-    found = Lowered(net.model(), Int8(keep_float=("node_kept",)), NARROW)
+    found = Lowered(net.model(), Int8(keep_float=("node_kept",), activations="static"), NARROW)
     kinds, optimal = optimised(found.after, tmp_path)
     assert kinds["QGemm"] == 1 and kinds["DequantizeLinear"] == 1  # what the layer in float reads
     inputs = feeds(found.proto, batch=8, seed=8)
@@ -366,6 +366,37 @@ def test_dynamic_products_of_a_transformer(tmp_path):
     assert found.error() <= 0.05
     kinds, _ = optimised(found.after, tmp_path)
     assert kinds["DynamicQuantizeMatMul"] + kinds["MatMulIntegerToFloat"] == 4 and not kinds["MatMulInteger"]
+
+
+@pytest.mark.parametrize(
+    ("activations", "dynamic"),
+    [("auto", {"q", "k", "v", "out"}), ("dynamic", {"q", "k", "v", "out"}), ("static", set())],
+)
+def test_products_between_floats_take_ranges_as_they_run(activations, dynamic, tmp_path):
+    found = Lowered(networks.transformer(), Int8(activations=activations), NARROW)
+    assert {p.site.removeprefix("node_") for p in found.proposals if p.setting["form"] == "dynamic"} == dynamic
+    assert found.sites == ["q", "k", "v", "out"] and all(p.damage > 0 for p in found.proposals)
+    assert found.error() <= 0.05
+    kinds, _ = optimised(found.after, tmp_path)
+    assert bool(kinds["QuantizeLinear"]) == (activations == "static")
+
+
+def test_products_that_codes_lead_to_keep_ranges_known_before():
+    net = Net("chain")
+    x = net.relu(net.linear(net.input("x", ["N", 32]), 32, 48, name="a"))
+    x = net.node("Sigmoid", net.linear(x, 48, 32, name="b"))
+    net.output(net.node("Exp", net.linear(net.node("Exp", x), 32, 8, name="c")), ["N", 8])
+    found = Lowered(net.model(), Int8(), NARROW)
+    assert {p.site: p.setting["form"] for p in found.proposals} == {
+        "node_a": "static", "node_b": "static", "node_c": "dynamic"
+    }  # fmt: skip
+    assert found.error() <= 0.05
+
+
+def test_damage_of_products_with_ranges_of_their_own():
+    found = Lowered(networks.transformer(), target=NARROW)
+    precise = [p for p in Int8().propose(found.before, replace(found.context, precise=True)) if isinstance(p, Proposal)]
+    assert all(0 < p.damage < 0.01 for p in precise) and len(precise) == 4
 
 
 def test_a_recipe_without_data_lowers_the_dense_layer_alone():

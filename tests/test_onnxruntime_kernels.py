@@ -519,7 +519,23 @@ def test_sequences_of_tensors_have_no_shape():
     net.output(net.relu(net.node("ConcatFromSequence", parts, axis=1)), ["N", 6])
     found, _ = RUNTIME.kernels(from_proto(net.model()))
     assert [(k.kind, k.known) for k in found] == [
-        ("SplitToSequence", False), ("ConcatFromSequence", False), ("Relu", True)
+        ("SplitToSequence", False), ("ConcatFromSequence", False), ("Relu", False)
+    ]  # fmt: skip
+
+
+def test_a_tensor_of_unknown_rank_is_no_scalar():
+    """onnxruntime reports both without dimensions."""
+    net = networks.Net("rank")
+    x, shape = net.input("x", ["N", 6]), net.input("shape", ["R"], np.int64)
+    y = net.node("MatMul", net.node("Expand", x, shape, name="grown"), net.weight("w", net.random(6, 4)))
+    net.output(net.node("Flatten", y), ["A", "B"])
+    found, _ = RUNTIME.kernels(from_proto(net.model()))
+    assert ("MatMul", False) in [(k.kind, k.known) for k in found]
+    scalar = networks.Net("scalar")
+    mean = scalar.node("ReduceMean", scalar.input("x", ["N", 6]), keepdims=0, name="mean")
+    scalar.output(scalar.node("Mul", mean, scalar.weight("two", np.float32(2))), [])
+    assert [(k.kind, k.known) for k in RUNTIME.kernels(from_proto(scalar.model()))[0]] == [
+        ("ReduceMean", True), ("Mul", True)
     ]  # fmt: skip
 
 
