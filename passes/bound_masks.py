@@ -185,6 +185,8 @@ def _numbers(node: ir.Node) -> list[ir.Value] | None:
         return None
     if node.op_type in MADE:
         return []
+    if node.op_type == "Max" and any(-HUGE < _lowest(v) < np.inf for v in node.inputs):
+        return []  # bounded already
     if node.op_type == "Where":
         return list(node.inputs[1:])
     if node.op_type in ("ScatterND", "ScatterElements"):

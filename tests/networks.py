@@ -212,7 +212,7 @@ def masked() -> onnx.ModelProto:
             y = net.node("Add", y, net.weight(f"{name}{place}.b", net.random(size, scale=0.2)))
             y, inner = net.node("Mul", y, net.node("Sigmoid", y)) if size == 32 else y, size
         scale = 1 + net.random(16, scale=0.2)
-        scale[3] = 12
+        scale[3] = 3
         norm = [net.weight(f"{name}.scale", scale), net.weight(f"{name}.shift", net.random(16, scale=0.1))]
         y = x = net.node("LayerNormalization", net.node("Add", kept, y, name=f"{name}_sum"), *norm, name=f"{name}_norm")
     net.output(y, ["N", "T", 16])
