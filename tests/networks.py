@@ -198,12 +198,13 @@ def masked() -> onnx.ModelProto:
     """An encoder's block with its norms behind the sums, some positions hidden; one channel stands out."""
     net = Net("masked")
     x, seen = net.input("input", ["N", "T", 16]), net.input("seen", ["N", "T"])
-    parts = [net.node("MatMul", x, net.weight(f"{p}.weight", net.random(16, 16, scale=0.25)), name=p) for p in "qkv"]
+    value = net.node("MatMul", x, net.weight("v.weight", net.random(16, 16, scale=0.25)), name="v")
     hidden = net.node("Less", seen, net.weight("least", np.float32(-1)))
     mask = net.node("Where", hidden, net.weight("low", np.float32(-1e9)), net.weight("none", np.float32(0)))
     mask = net.node("Unsqueeze", mask, net.weight("axis", np.array([1])), name="mask")
-    scores = net.node("MatMul", parts[0], net.node("Transpose", parts[1], perm=[0, 2, 1]))
-    y = net.node("MatMul", net.node("Softmax", net.node("Add", scores, mask, name="scores"), axis=-1), parts[2])
+    alike = net.node("MatMul", x, net.node("Transpose", x, perm=[0, 2, 1]))
+    alike = net.node("Mul", alike, net.weight("quarter", np.float32(0.25)))
+    y = net.node("MatMul", net.node("Softmax", net.node("Add", alike, mask, name="scores"), axis=-1), value)
     for name, sizes in (("a", [16]), ("f", [32, 16])):
         inner, kept = 16, x
         y = x if name == "f" else y
