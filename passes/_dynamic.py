@@ -22,7 +22,7 @@ def dynamic_layers(nodes: Sequence[ir.Node], placement: Placement, target: Targe
         nodes: the weighted layers that the placement is for.
         activations: "static": none; "dynamic": all matrix products; "auto": those that no codes lead to or from.
     """
-    if activations == "static" or target.runtime != "onnxruntime":
+    if activations == "static" or not target.integer.dynamic:
         return set()
     products = {n for n in nodes if n.op_type in ("MatMul", "Gemm")}
     if activations == "dynamic":
