@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from effc.kernels import FREE, Kernel
+from effc.kernels import FREE, Kernel, nbits_kind
 
 from ._onnxruntime_memory import placed
 
@@ -228,8 +228,9 @@ def _matrix(node, known, attributes, weights) -> tuple[str, dict[str, float], in
     kind = {"MatMulIntegerToFloat": "qgemm-float", "DynamicQuantizeMatMul": "qgemm-dynamic"}.get(kind, kind)
     dims = {"b": count, "m": rows, "k": inner, "n": columns}
     if kind == "nbits":
-        dims |= {"bits": attributes.get("bits", 4), "block": attributes.get("block_size", 32),
-                 "level": attributes.get("accuracy_level", 0)}  # fmt: skip
+        bits, block = attributes.get("bits", 4), attributes.get("block_size", 32)
+        dims |= {"bits": bits, "block": block, "level": attributes.get("accuracy_level", 0)}
+        kind = nbits_kind(bits, block, int(dims["level"]))
     if kind in ("gemm", "qgemm") and not constant:
         kind += "-pair"
     elif count * rows == 1:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from effc.model import STANDARD_DOMAINS, Model, collection_paused, size_of
+from effc.model import RUNTIME_DOMAIN, STANDARD_DOMAINS, Model, collection_paused, size_of, understood
 from effc.table import OpTable
 from effc.traffic import VIEWS, Types, element_type, traffic
 
@@ -107,6 +107,11 @@ def _qlinear_matmul(node: ir.Node, shapes: Shapes) -> int | None:
     return _matmul(node, shapes)
 
 
+@macs.rule("MatMulNBits", domain=RUNTIME_DOMAIN)
+def _matmul_nbits(node: ir.Node, shapes: Shapes) -> int | None:
+    return _product(shapes, node.outputs[0], node.attributes.get_int("K", 0))
+
+
 def _shape(shapes: Shapes, value: ir.Value | None) -> tuple[int, ...] | None:
     shape = shapes.get(value.name) if value is not None else None
     return shape if shape is not None and all(isinstance(d, int) for d in shape) else None
@@ -135,6 +140,8 @@ def operand_type(node: ir.Node, types: Types | None = None) -> str:
     """
     if node.op_type in INTEGER_OPS:
         return "int8"
+    if node.op_type == "MatMulNBits":  # its accuracy level says how activations are rounded
+        return "int8" if node.attributes.get_int("accuracy_level", 0) == 4 else "float32"
     factors = [v for v in node.inputs[: 2 if node.op_type in MATRIX_OPS else 1] if v is not None]
     widths = [_code_width(value, types) for value in factors]
     if widths and None not in widths:
@@ -205,6 +212,10 @@ def _weight_cost(node: ir.Node, value: ir.Value) -> tuple[int, int]:
     if tensor is None:
         return 0, 0
     size, dtype = size_of(tensor), tensor.dtype
+    if understood(node):
+        codes = value is node.inputs[node.op_type == "MatMulNBits"]
+        each = 8 // node.attributes.get_int("bits", 4) if dtype == ir.DataType.UINT8 else 1  # bytes hold several
+        return (size * each if codes else 0), tensor.nbytes
     scale_or_zero = node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.inputs[0] is not value
     is_parameter = not scale_or_zero and (
         dtype.is_floating_point() or node.op_type == "DequantizeLinear" or "Integer" in node.op_type

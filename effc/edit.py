@@ -419,6 +419,12 @@ def cut(model: Model, tensors: Sequence[str]) -> Model:
     return copy
 
 
+def import_domain(model: Model, domain: str, version: int = 1) -> None:
+    """State that operators of a domain are used; a version that is stated already stays."""
+    model.ir.opset_imports.setdefault(domain, version)
+    model.touch()
+
+
 def set_metadata(model: Model, properties: Mapping[str, str]) -> None:
     """Add entries to the file's metadata; others are kept."""
     model.ir.metadata_props.update(properties)

@@ -78,7 +78,19 @@ LIKE = {
     "qconv-depthwise-patches-nchw": "qconv-depthwise-patches", "qconv-grouped-nchw": "qconv-grouped",
     "qgemm-dynamic": "qgemm", "qgemm-float": "qgemm", "qgemm-pair": "qgemm", "qgemm-dynamic-row": "qgemm-row",
     "qgemm-float-row": "qgemm-row", "gemm-row": "gemm", "qgemm-row": "qgemm", "nbits-row": "nbits",
+    "nbits-float-row": "nbits-float", "nbits-decoded-row": "nbits-decoded", "GatherBlockQuantized": "Concat",
 }  # fmt: skip
+
+
+def nbits_kind(bits: int, block: int, level: int) -> str:
+    """Kind of a product with codes in blocks (MatMulNBits) on onnxruntime's CPU provider.
+
+    At accuracy level 4 activations are rounded to 8 bits as it runs, with kernels for these widths and blocks. Else 4
+    bits are decoded within the product, and other widths before it, as a whole, at every run: that is slow.
+    """
+    if level == 4 and (bits in (4, 8) or (bits == 2 and block in (32, 64, 128))):
+        return "nbits"
+    return "nbits-float" if bits == 4 else "nbits-decoded"
 
 
 def family(dims: Mapping[str, float]) -> tuple[str, ...]:

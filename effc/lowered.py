@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from effc.cost import Cost
 from effc.energy import joules
-from effc.kernels import CONVOLUTION, FAR, MATRIX, NEAR, Kernel, family, left
+from effc.kernels import CONVOLUTION, FAR, MATRIX, NEAR, Kernel, family, left, nbits_kind
 from effc.target import Target
 from effc.traffic import Moved
 
@@ -46,6 +46,25 @@ def integer(kernel: Kernel, weight: Sequence[int] | None = None) -> Kernel | Non
         return None
     dims |= _placed(dims, moved)
     return replace(kernel, kind=kind, dims=dims, moved=moved, macs=macs, dtype="int8")
+
+
+def blocks(kernel: Kernel, bits: int, block: int, level: int) -> Kernel | None:
+    """The kernel on codes in blocks that onnxruntime runs in a dense float layer's place; None for any other.
+
+    Args:
+        bits, block, level: of a code; of weights that share a scale; MatMulNBits' accuracy level.
+    """
+    if not kernel.known or kernel.dtype != "float32" or kernel.kind not in ("gemm", "gemm-row"):
+        return None
+    dims = dict(kernel.dims)
+    weights = dims["b"] * dims["k"] * dims["n"]
+    moved = kernel.moved - round(weights * (4 - bits / 8 - 4 / block))
+    share = moved / max(kernel.moved, 1)
+    for name in ("near", "far"):  # fewer bytes of weights have to come from afar
+        dims[name] *= share
+    kind = nbits_kind(bits, block, level) + kernel.kind.removeprefix("gemm")
+    dims |= {"moved": moved, "bits": bits, "block": block, "level": level}
+    return replace(kernel, kind=kind, dims=dims, moved=moved)
 
 
 def _placed(dims: Mapping[str, float], moved: float) -> dict[str, float]:

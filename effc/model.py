@@ -23,6 +23,8 @@ import onnx_ir as ir
 from effc.errors import BadInput
 
 STANDARD_DOMAINS = ("", "ai.onnx")
+RUNTIME_DOMAIN = "com.microsoft"  # of onnxruntime
+UNDERSTOOD = frozenset({"MatMulNBits", "GatherBlockQuantized"})  # of that domain: products with, and rows of, codes
 GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 _revisions = itertools.count(1)
 SMALL = 1024  # elements: constants up to this size may hold shapes, axes and bounds that shape inference reads
@@ -252,6 +254,11 @@ def attributes_of(node: ir.Node) -> Collection[ir.Attr]:
     return node.attributes.data.values()
 
 
+def understood(node: ir.Node) -> bool:
+    """Whether a node is of the runtime's own operators on codes in blocks, which are analysed like standard ones."""
+    return node.domain == RUNTIME_DOMAIN and node.op_type in UNDERSTOOD
+
+
 def holds_graphs(node: ir.Node) -> bool:
     return any(a.type in GRAPHS for a in attributes_of(node))
 
@@ -326,6 +333,6 @@ def _not_analysed(model: ir.Model) -> dict[str, str]:
             reasons[node.name] = f"{node.op_type} holds a sub-graph, which is passed through untouched"
         elif node.op_identifier() in model.functions:
             reasons[node.name] = f"{node.domain}.{node.op_type} is a local function, passed through untouched"
-        elif node.domain not in STANDARD_DOMAINS:
+        elif node.domain not in STANDARD_DOMAINS and not understood(node):
             reasons[node.name] = f"{node.op_type} is of the foreign domain {node.domain!r}, passed through untouched"
     return reasons

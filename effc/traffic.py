@@ -15,12 +15,14 @@ from functools import cache
 import onnx
 import onnx_ir as ir
 
-from effc.model import STANDARD_DOMAINS, Model, constant_tensor
+from effc.model import STANDARD_DOMAINS, Model, constant_tensor, understood
 from effc.shapes import proven
 
 VIEWS = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Dropout"})  # another name, no copy
 LOOKS = frozenset({"Shape", "Size"})  # at the shape, not at the elements
-PICKS = frozenset({"Gather", "GatherElements", "GatherND", "Slice"})  # read no more than they write
+PICKS = frozenset(
+    {"Gather", "GatherBlockQuantized", "GatherElements", "GatherND", "Slice"}
+)  # read no more than they write
 RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial"}
 )
@@ -109,7 +111,7 @@ class _Walk:
         return {n.name or "": Moved() if n.name in foreign else self._node(n) for n in self.model.graph}
 
     def _node(self, node: ir.Node) -> Moved:
-        op = node.op_type if node.domain in STANDARD_DOMAINS else None
+        op = node.op_type if node.domain in STANDARD_DOMAINS or understood(node) else None
         inputs = list(dict.fromkeys([self._codes(v) if self.fused else v for v in node.inputs if v is not None]))
         if op is not None and op not in RANDOM and all(map(self._is_weight, inputs)):
             if op != "DequantizeLinear" and not any(v in self.coded for v in inputs):

@@ -6,7 +6,7 @@ For a mask that is given each row has its own solution, w'_S = H_SS^-1 H_S w. Wh
 go one after another and those behind make up for each: w -= w_q / [H^-1]_qq H^-1_q: (Hassibi and Stork, "Second order
 derivatives for network pruning: optimal brain surgeon", 1993, equation 5; Frantar and Alistarh, "Optimal brain
 compression", 2022, section 4), with one factor of H^-1 for all rows ("SparseGPT", 2023, section 3.2). On that way masks
-can be chosen as well: lowest w_q^2 / [H^-1]_qq first, block by block.
+can be chosen as well: lowest w_q^2 / [H^-1]_qq first, block by block; or weights are rounded (`_gptq`).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def feed_back(
         enter: told of each block of columns before: (values, diagonal of the factor of H^-1, which columns).
     """
     made = weight.copy()
-    upper = _inverse_factor(metric)
+    upper = inverse_factor(metric)
     diagonal = np.diagonal(upper, axis1=-2, axis2=-1)
     for begin in range(0, weight.shape[-1], BLOCK):
         block = slice(begin, min(begin + BLOCK, weight.shape[-1]))
@@ -89,7 +89,7 @@ def feed_back(
     return made
 
 
-def _inverse_factor(metric: np.ndarray) -> np.ndarray:
+def inverse_factor(metric: np.ndarray) -> np.ndarray:
     """U of H^-1 = U^T U."""
     if metric.ndim > 2:
         return np.linalg.cholesky(np.linalg.inv(metric)).swapaxes(-1, -2)
