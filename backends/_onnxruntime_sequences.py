@@ -11,7 +11,7 @@ from ._onnxruntime_plans import MOST_MACS, Made, channels
 
 
 def dense(seed: int, quantised: bool) -> Made:
-    """Dense layers of random sizes; of quantised ones some quantise as they run, or hold blocks of 4 or 8 bits."""
+    """Dense layers of random sizes; of quantised ones some quantise as they run, or hold blocks of 2, 4 or 8 bits."""
     rng = np.random.default_rng((4, seed))
     rows, most = int(rng.choice([1, 1, 1, 1, 1, 2, 4, 8, 16, 32, 64, 128])), int(rng.choice([256, 1024, 2048, 4096]))
     form = str(rng.choice(["pairs", "dynamic", "blocks"], p=[0.5, 0.25, 0.25])) if quantised else "float"
@@ -40,14 +40,15 @@ def _dynamic(net: Net, outputs: int) -> None:
 
 
 def _blocks(net: Net, outputs: int) -> None:
-    bits, block = int(net.rng.choice([4, 4, 8])), int(net.rng.choice([32, 64, 128]))
+    bits, block = int(net.rng.choice([4, 4, 8, 2])), int(net.rng.choice([32, 64, 128]))
+    level = int(net.rng.choice([4, 4, 4, 1]))  # activations in 8 bits, or in float
     inputs = net.shape[-1]
     count = -(-inputs // block)
     codes = net.constant(net.rng.integers(0, 256, (outputs, count, block * bits // 8)).astype(np.uint8))
     scales = net.constant(np.full((outputs, count), 0.01, np.float32))
     net.simple(
         "MatMulNBits", (*net.shape[:-1], outputs), codes, scales, paired=False, domain="com.microsoft",
-        K=inputs, N=outputs, bits=bits, block_size=block, accuracy_level=4,
+        K=inputs, N=outputs, bits=bits, block_size=block, accuracy_level=level,
     )  # fmt: skip
     net.act("Relu")
 

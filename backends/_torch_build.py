@@ -17,6 +17,7 @@ from effc.errors import BadInput
 from effc.model import Model, constant_tensor
 
 # Importing the files with rules puts these into the table.
+from . import _torch_blocks as _blocks
 from . import _torch_layers as _layers
 from . import _torch_quantize as _quantize
 from . import _torch_recurrent as _recurrent
@@ -27,7 +28,7 @@ from ._torch_ops import TABLE, Rule
 from ._torch_ops import cast as to_type
 from ._torch_weights import Integers, Source, place, source, to_torch
 
-RULE_FILES = (_layers, _quantize, _recurrent, _reductions, _shapes, _windows)
+RULE_FILES = (_blocks, _layers, _quantize, _recurrent, _reductions, _shapes, _windows)
 META = "effc"  # key in GraphModule.meta, which copies keep
 TENSOR = "tensor"  # key in fx.Node.meta: the tensor of the model that it computes
 

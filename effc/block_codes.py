@@ -75,10 +75,20 @@ class BlockCodes:
         """[N, B * bits / 8] bytes, rounded up."""
         return pack(self.grid.zeros, self.grid.bits)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the packed codes, scales and zero points."""
-        return nbytes(*self.codes.shape, self.grid.bits, self.grid.block, self.grid.symmetric)
+    @classmethod
+    def unpacked(
+        cls, packed: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, bits: int, block: int, columns: int
+    ) -> BlockCodes:
+        """What rows of bytes hold: the inverse of `packed` (its last two axes as one) and of `packed_rows`.
+
+        Args:
+            zeros: as `packed_zeros` gives them; None: all are 2^(bits - 1).
+            columns: K.
+        """
+        middle = np.full(scales.shape, 2 ** (bits - 1), np.uint8)
+        points = middle if zeros is None else unpack(zeros, bits, scales.shape[1])
+        grid = Grid(scales, points, bits, block, zeros is None)
+        return cls(unpack(packed, bits, columns), grid)
 
 
 def nbytes(rows: int, columns: int, bits: int, block: int, symmetric: bool) -> int:

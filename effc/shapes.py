@@ -17,10 +17,8 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from effc.model import (
-    RUNTIME_DOMAIN,
     SMALL,
     STANDARD_DOMAINS,
-    UNDERSTOOD,
     Model,
     collection_paused,
     constant_tensor,
@@ -31,6 +29,7 @@ from effc.model import (
     shape_tuple,
     size_of,
 )
+from effc.stand_ins import with_stand_ins
 
 SYMBOLIC = "effc.symbolic_shape_infer"
 
@@ -254,40 +253,6 @@ def _message(model: Model, recorded: bool = True) -> onnx.ModelProto:
                 serde.serialize_tensor_into(tensor, value.const_value)
                 tensor.name = value.name
     return proto
-
-
-def with_stand_ins(proto: onnx.ModelProto) -> None:
-    """Put the standard operator of the same shapes in the place of those on codes in blocks, which onnx does not know.
-
-    MatMulNBits becomes a MatMul with [K, N], GatherBlockQuantized a Gather of as many numbers as its codes are.
-    """
-    graph = proto.graph
-    packed = {
-        i.name: (i.type.tensor_type.elem_type, [d.dim_value for d in i.type.tensor_type.shape.dim]) for i in graph.input
-    }
-    packed |= {tensor.name: (tensor.data_type, list(tensor.dims)) for tensor in graph.initializer}
-    for node in graph.node:
-        if node.domain != RUNTIME_DOMAIN or node.op_type not in UNDERSTOOD:
-            continue
-        options = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        if node.op_type == "MatMulNBits":
-            shape, op, place = [options["K"], options["N"]], "MatMul", 1
-        else:
-            dtype, shape = packed.get(node.input[0], (0, []))
-            if dtype == onnx.TensorProto.UINT8:  # bytes that hold several codes
-                shape = [*shape[:-1], *(size * 8 // options.get("bits", 4) for size in shape[-1:])]
-            op, place = "Gather", 0
-        if not all(shape) or not shape:
-            continue
-        dense = f"{node.output[0]}/decoded"
-        graph.input.append(onnx.helper.make_tensor_value_info(dense, onnx.TensorProto.FLOAT, shape))
-        operands = list(node.input[:2])
-        operands[place] = dense
-        node.op_type, node.domain = op, ""
-        del node.input[:], node.attribute[:]
-        node.input.extend(operands)
-        if op == "Gather":
-            node.attribute.append(onnx.helper.make_attribute("axis", options.get("gather_axis", 0)))
 
 
 def strip(copy: ir.Model) -> dict[str, ir.TensorProtocol]:

@@ -13,7 +13,6 @@ from effc import edit
 from effc.block_codes import BlockCodes, Grid, largest, least_squares
 from effc.contract import Context
 from effc.model import Model
-from effc.statistics import Request
 from effc.walk import Values, Walk, samples
 
 from ._coded_sites import Coded, bias_site
@@ -45,28 +44,6 @@ class Way:
         if self.fitted:
             return least_squares(matrix, bits, block, symmetric=self.symmetric, importance=importance)
         return largest(matrix, bits, block, symmetric=self.symmetric)
-
-
-@dataclass(frozen=True)
-class MeanSquare(Request):
-    """Mean of x^2 for each number along a tensor's last axis -> [K]."""
-
-    def start(self) -> _MeanSquare:
-        return _MeanSquare()
-
-
-class _MeanSquare:
-    def __init__(self) -> None:
-        self.total: np.ndarray | float = 0.0
-        self.rows = 0
-
-    def update(self, values: np.ndarray, *beside: np.ndarray) -> None:
-        rows = values.reshape(-1, values.shape[-1])
-        self.total = self.total + np.einsum("sk,sk->k", rows, rows, dtype=np.float64)
-        self.rows += len(rows)
-
-    def result(self) -> np.ndarray:
-        return np.asarray(self.total) / max(self.rows, 1)
 
 
 def fit(

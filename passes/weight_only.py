@@ -26,7 +26,7 @@ from effc.model import Model
 from effc.opset import lift_opset
 from effc.walk import Walk, samples
 
-from ._coded_fit import MeanSquare, Way, fit
+from ._coded_fit import Way, fit
 from ._coded_forms import FLOAT_ACTIVATIONS, INT8_ACTIVATIONS, OPSETS, put_own, put_plain
 from ._coded_sites import Coded, matrices
 from ._observed import sizes
@@ -84,7 +84,7 @@ class WeightOnly(Pass):
                 yield from (Skipped(node.name or "", settings) for node in coded.readers)
             else:
                 found.append((coded, settings))
-        errors = self._errors(model, found, context)
+        errors = self._errors(found)
         prices = self._prices(model, found, errors, context)
         for (coded, settings), off, price in zip(found, errors, prices, strict=True):
             names = tuple(node.name or "" for node in coded.readers)
@@ -131,10 +131,10 @@ class WeightOnly(Pass):
         if shared := [c.site for c, _ in sites if len(c.readers) > 1]:
             context.say(f"rounded to the nearest, as several nodes read them: {', '.join(shared)}")
         if any(c.products for c, _ in sites) and self.activations == "int8":
-            how = "as onnxruntime makes of DequantizeLinear" if plain else "accuracy level 4"
-            context.say(
-                f"onnxruntime rounds the activations before these products to 8 bits ({how}); exact=true does not"
+            how = (
+                "as onnxruntime makes of DequantizeLinear" if plain else "accuracy level 4; activations=float does not"
             )
+            context.say(f"onnxruntime rounds the activations before these products to 8 bits ({how})")
 
     def _check(self, context: Context) -> None:
         """Raises BadInput for options that contradict each other, the target, or need data."""
@@ -194,26 +194,19 @@ class WeightOnly(Pass):
             min(max(block, 32), 128) if bits == 2 and not self._plain(context) and self.activations == "int8" else block
         )
 
-    def _errors(
-        self, model: Model, found: Sequence[tuple[Coded, list[dict[str, int]]]], context: Context
-    ) -> list[list[float]]:
+    def _errors(self, found: Sequence[tuple[Coded, list[dict[str, int]]]]) -> list[list[float]]:
         """Half the relative squared error of each matrix at each setting, rounded to the nearest code.
 
-        Columns count by the mean square of what they meet, where data are there. In nats only to first order.
+        In nats only to first order and for matrices that matter alike: it serves to put settings in order.
         """
-        requests = {c.site: MeanSquare(c.products[0].inputs[0].name or "") for c, _ in found if c.products}
-        known = context.statistics(model, requests.values()) if context.calibration is not None and requests else {}
         errors = []
         for coded, settings in found:
             matrix = coded.matrix
-            h = known.get(requests[coded.site]) if coded.products and known else None
-            h = np.ones(matrix.shape[1]) if h is None else h + LEAST
-            power = float(np.square(matrix, dtype=np.float64).sum(axis=0) @ h)
+            power = max(float(np.square(matrix, dtype=np.float64).sum()), LEAST)
             own = []
             for setting in settings:
                 codes = largest(matrix, **setting, symmetric=self.symmetric).nearest(matrix)
-                gap = np.square(matrix - codes.decoded(), dtype=np.float64).sum(axis=0) @ h
-                own.append(0.5 * float(gap) / max(power, LEAST))
+                own.append(0.5 * float(np.square(matrix - codes.decoded(), dtype=np.float64).sum()) / power)
             errors.append(own)
         return errors
 
