@@ -213,7 +213,10 @@ def _weight_cost(node: ir.Node, value: ir.Value) -> tuple[int, int]:
         return 0, 0
     size, dtype = size_of(tensor), tensor.dtype
     if understood(node):
-        codes = value is node.inputs[node.op_type == "MatMulNBits"]
+        product = node.op_type == "MatMulNBits"
+        if product and list(node.inputs).index(value) == 5:  # its bias
+            return size, tensor.nbytes
+        codes = value is node.inputs[int(product)]
         each = 8 // node.attributes.get_int("bits", 4) if dtype == ir.DataType.UINT8 else 1  # bytes hold several
         return (size * each if codes else 0), tensor.nbytes
     scale_or_zero = node.op_type in ("QuantizeLinear", "DequantizeLinear") and node.inputs[0] is not value

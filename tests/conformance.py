@@ -63,6 +63,11 @@ OPTIONS: dict[str, list[str]] = {
         "prune-groups{macs=0.5, size=0.5, speedup=1.5, damage=0.1, max_drop=0.25}",
         "prune-groups{zeros=true}",
     ],
+    "weight-only": [
+        "weight-only{bits=8, block=64, symmetric=true, scales=max, rounding=nearest, embeddings=false}",
+        "weight-only{form=dequantize, rounding=gptq}",
+        "weight-only{bits=2, activations=float, keep_float=[head, 'block [0-9]*'], size=0.5, max_drop=0.25}",
+    ],
     "recover": [
         "recover{epochs=3, learning_rate=0.1, batch=8, labels=0.5, temperature=2, features=0.5, mean=geometric}",
         "recover{momentum=0.5, weight_decay=0.001, warmup=1, clip=1, patience=2, validation=0.25, augment=flip}",
@@ -97,6 +102,7 @@ BOUNDS: dict[str, float] = {
     "prune-blocks": 1.0,
     "prune-groups": 1.0,
     "prune-weights": 0.5,
+    "weight-only": 0.3,
     "recover": 10.0,
     "group-lasso": 10.0,
 }

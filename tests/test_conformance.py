@@ -153,6 +153,7 @@ REFUSALS = [
     ("prune-channels", "transformer", "node_q", "simplify makes them numbers"),
     ("prune-blocks", "residual", "node_b2_add", "both of its operands come from layers of their own"),
     ("prune-groups", "depthwise", "node_dw", "it is depthwise"),
+    ("weight-only", "transformer", "node_matmul45", "its right operand is no constant"),
     ("recover", "control", "node_conv1", "trainable forms of local.Swish (node_swish) are unknown"),
     ("recover", "depthwise", "node_conv", "the model's batch is fixed at 1: training needs a free batch"),
     ("group-lasso", "half", "node_conv1", "its weight is float16"),
