@@ -29,6 +29,7 @@ from effc.walk import Walk, samples
 from ._coded_fit import Way, fit
 from ._coded_forms import FLOAT_ACTIVATIONS, INT8_ACTIVATIONS, OPSETS, put_own, put_plain
 from ._coded_sites import Coded, matrices
+from ._integer_costs import CLOSE
 from ._observed import sizes
 
 WIDTHS = (8, 4, 2)
@@ -111,9 +112,7 @@ class WeightOnly(Pass):
             if plain:
                 put_plain(model, coded, made)
             else:
-                put_own(
-                    model, coded, made, FLOAT_ACTIVATIONS if self.activations == "float" else INT8_ACTIVATIONS, shapes
-                )
+                put_own(model, coded, made, self._level, shapes)
             edit.discard(model, [coded.value])
         self._tell(sites, errors, plain, context)
 
@@ -150,6 +149,10 @@ class WeightOnly(Pass):
                 "activations=float with form=dequantize lies with the session: onnxruntime rounds them to 8 bits unless"
                 " it is given session.qdq_matmulnbits_accuracy_level=1; form=matmulnbits says it in the file"
             )
+
+    @property
+    def _level(self) -> int:
+        return FLOAT_ACTIVATIONS if self.activations == "float" else INT8_ACTIVATIONS
 
     def _plain(self, context: Context) -> bool:
         return self.form == "dequantize" or (self.form == "auto" and context.target.runtime != "onnxruntime")
@@ -251,17 +254,16 @@ class WeightOnly(Pass):
         saved = 4 * rows * columns - nbytes(rows, columns, **setting, symmetric=self.symmetric)
         after = replace(before, weight_bytes=before.weight_bytes - saved, energy=0.0, seconds=0.0)
         names = [node.name or "" for node in coded.products]
-        if self._plain(context) or coded.lookups or context.foresee(model) is None:
+        unmeasured = setting["bits"] == 2  # kernels of the others were
+        if unmeasured or self._plain(context) or coded.lookups or context.foresee(model) is None:
             return replace(before, energy=0.0, seconds=0.0), after
         measured = context.target.kernels.get(1, {})
         found, stands_for = context.backend.kernels(model, context.batch, context.dims, context.threads)
         by_name = {kernel.name: kernel for kernel in found}
         floats = [by_name.get(stands_for.get(name, "")) for name in names]
-        level = FLOAT_ACTIVATIONS if self.activations == "float" else INT8_ACTIVATIONS
-        coded_kernels = [None if k is None else blocks(k, **setting, level=level) for k in floats]
-        if not all(k is not None and k.key in measured for k in (*floats, *coded_kernels)):
-            return replace(before, energy=0.0, seconds=0.0), after
-        return (
-            replace(before, energy=0.0, seconds=context.seconds(floats)),
-            replace(after, seconds=context.seconds(coded_kernels)),
-        )
+        coded_kernels = [None if k is None else blocks(k, **setting, level=self._level) for k in floats]
+        told = all(k is not None and k.key in measured for k in (*floats, *coded_kernels))
+        now, then = (context.seconds(floats), context.seconds(coded_kernels)) if told else (0.0, 0.0)
+        if now <= then < CLOSE * now:
+            now = then = 0.0  # too close to tell: the stage is measured
+        return replace(before, energy=0.0, seconds=now), replace(after, seconds=then)

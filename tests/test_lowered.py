@@ -10,7 +10,7 @@ from effc.capture import from_proto
 from effc.contract import Context
 from effc.cost import Cost
 from effc.kernels import Kernel, columns
-from effc.lowered import detour, integer, integer_cost
+from effc.lowered import blocks, detour, integer, integer_cost
 from effc.model import Model
 from effc.registry import backend
 from effc.target import find
@@ -172,3 +172,23 @@ def test_the_context_has_no_seconds_for_what_was_not_measured():
     context = Context(from_proto(networks.plain()), NARROW, RUNTIME)
     assert integer(CONV).key not in context.target.kernels.get(1, {})
     assert np.isfinite(context.seconds([integer(CONV)]))  # by its roofline, which says nothing about this processor
+
+
+@pytest.mark.parametrize("rows", [1, 6])
+@pytest.mark.parametrize(("bits", "block"), [(4, 32), (8, 64), (2, 32)])
+def test_a_dense_layer_s_kernel_is_the_one_that_runs_once_it_is_in_blocks(rows, bits, block):
+    """Its kind and dimensions; bytes moved to 1 %, as zero points and biases are not told apart."""
+    net = Net("blocks")
+    x = net.node("MatMul", net.input("x", [rows, 256]), net.weight("w", net.random(256, 128)), name="layer")
+    net.output(net.relu(x), [rows, 128])
+    proto = net.model()
+    options = {"target_name": NARROW.name, "measure": False, "goal": "size"}
+    text = f"weight-only{{bits={bits}, block={block}, symmetric=true}}"
+    after = effc.optimize(proto, text, **options).model
+    (product,) = (node.name for node in after.graph if node.op_type == "MatMulNBits")
+    wanted, found = kernel_of(after, product), blocks(kernel_of(from_proto(proto), "node_layer"), bits, block, 4)
+    assert found is not None and found.kind == wanted.kind and found.macs == wanted.macs
+    for name in ("b", "m", "k", "n", "bits", "block", "level"):
+        assert found.dims[name] == wanted.dims[name], name
+    assert found.moved == pytest.approx(wanted.moved, rel=0.01) and columns(found.dims) == columns(wanted.dims)
+    assert blocks(found, bits, block, 4) is None

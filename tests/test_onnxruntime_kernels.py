@@ -95,6 +95,16 @@ class TestMatrixProducts:
         assert (found.kind, found.macs) == (kind, rows * 64 * 5)
         assert sizes(found) == {"b": 1, "m": rows, "k": 64, "n": 5, "bits": 4, "block": 32, "level": 4}
 
+    @pytest.mark.parametrize(
+        ("bits", "block", "level", "kind"),
+        [(8, 32, 4, "nbits"), (2, 64, 4, "nbits"), (2, 16, 4, "nbits-decoded"), (2, 256, 4, "nbits-decoded"),
+         (4, 32, 0, "nbits-float"), (8, 32, 1, "nbits-decoded")],
+    )  # fmt: skip
+    def test_slow_ways_are_kinds_of_their_own(self, bits, block, level, kind):
+        shapes = {"x": [3, 256], "w": [5, 256 // block, block * bits // 8], "s": [5 * 256 // block], "y": [3, 5]}
+        options = {"K": 256, "N": 5, "bits": bits, "block_size": block, "accuracy_level": level}
+        assert read("MatMulNBits", shapes, weights="w s", domain=MS, **options).kind == kind
+
 
 IMAGE = {"x": [2, 32, 9, 9], "w": [16, 32, 3, 3], "y": [2, 16, 9, 9]}
 DIMS = {"n": 2, "c": 32, "m": 16, "g": 1, "h": 9, "w": 9, "kh": 3, "kw": 3, "s": 1, "d": 1, "act": 0, "sum": 0}

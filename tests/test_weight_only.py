@@ -1,6 +1,7 @@
 """effc.passes.weight_only: which matrices become codes, what the runtime makes of them, and how near they stay."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -8,6 +9,7 @@ import onnxruntime
 import pytest
 
 import effc
+import effc.predict
 from effc import registry
 from effc.capture import from_proto
 from effc.contract import Context, Proposal, Skipped
@@ -16,6 +18,7 @@ from effc.data import open_data
 from effc.errors import BadInput
 from effc.passes._coded_forms import OPSETS
 from effc.passes.weight_only import WeightOnly
+from effc.predict import MEASURED, Estimate
 from effc.registry import backend
 from effc.target import find
 from effc.verify import verify
@@ -167,6 +170,37 @@ def test_a_table_that_also_scores_is_stored_once(bits):
     assert codes <= WORDS * 64 * bits / 8 + WORDS * 2 * 5 + 64
     plain = Coded(tied(), form="dequantize")
     assert set(plain.skipped) == {"score", "look"} and "would store it twice" in plain.skipped["look"]
+
+
+def fake_target(times: dict[str, float], monkeypatch):
+    """A target that has measured these kinds of kernels, and their microseconds."""
+
+    def fake(kernels, target, threads=1) -> list[Estimate]:
+        return [Estimate(1e-6 * times.get(k.key, 1.0), 0.1, MEASURED) for k in kernels]
+
+    monkeypatch.setattr(effc.predict, "estimate", fake)
+    return replace(TARGET, kernels={1: dict.fromkeys(times)}, local=True)
+
+
+def test_seconds_are_told_where_both_kernels_were_measured_and_differ(monkeypatch):
+    def told(times: dict[str, float], **options) -> set[tuple[float, float]]:
+        target = fake_target(times, monkeypatch)
+        found = Coded(sentences(), target=target, **options).proposals
+        pairs = {(p.site, round(1e6 * p.before.seconds, 3), round(1e6 * p.after.seconds, 3)) for p in found}
+        return {pair[1:] for pair in pairs if pair[0] == "node_down"}
+
+    assert told({"gemm": 9.0, "nbits": 4.0}) == {(9.0, 4.0)}
+    assert told({"gemm": 4.0, "nbits": 9.0}) == {(4.0, 9.0)}
+    assert told({"gemm": 4.0, "nbits": 4.5}) == {(0.0, 0.0)}  # too close
+    assert told({"gemm": 4.0, "nbits": 9.0}, bits=2) == {(0.0, 0.0)}  # not measured
+    assert told({"gemm": 4.0}) == {(0.0, 0.0)}
+
+
+def test_what_is_predicted_to_be_slower_stays_in_float_unless_bytes_are_asked_for(monkeypatch):
+    target = fake_target({"gemm": 4.0, "nbits": 9.0, "gemm-row": 4.0, "nbits-row": 9.0}, monkeypatch)
+    monkeypatch.setattr("effc.target.find", lambda name, **settings: target)
+    kinds = [Counter(n.op_type for n in put("weight-only", goal=g).model.graph) for g in ("latency", "size")]
+    assert [k["MatMulNBits"] for k in kinds] == [0, 4]
 
 
 def test_refusals():
