@@ -304,6 +304,17 @@ def test_a_size_mixes_widths(size):
     assert result.history.stages[0].goals == ("size",)
 
 
+def test_a_limit_on_accuracy_is_held_by_giving_matrices_up():
+    held = {"source": lambda: (words(500 + s, 8) for s in range(24))}
+    free = put("weight-only{bits=2, embeddings=false}", goal="size", evaluate=held)
+    lost = free.history.stages[0].accuracy.drop
+    assert lost > 2
+    result = put(f"weight-only{{bits=2, embeddings=false, max_drop={0.85 * lost:g}}}", goal="size", evaluate=held)
+    stage = result.history.stages[0]
+    assert stage.status == "kept" and stage.accuracy.drop <= 0.85 * lost
+    assert 0 < len(stage.passes[0].chosen) < len(free.history.passes[0].chosen)
+
+
 def test_without_data_the_report_says_what_is_not_known():
     record = put("weight-only", calibrated=False, goal="size").history.passes[0]
     assert any("nothing about accuracy is known" in note for note in record.notes)
