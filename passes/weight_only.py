@@ -126,7 +126,9 @@ class WeightOnly(Pass):
         if context.calibration is None:
             context.say("no calibration data: weights were rounded by themselves, and nothing about accuracy is known")
         elif errors:
-            context.say(f"{len(errors)} layers lose {np.mean(list(errors.values())):.2%} of their power on average")
+            context.say(
+                f"{len(errors)} layers lose {100 * np.mean(list(errors.values())):.2g} % of their power on average"
+            )
         if shared := [c.site for c, _ in sites if len(c.readers) > 1]:
             context.say(f"rounded to the nearest, as several nodes read them: {', '.join(shared)}")
         if any(c.products for c, _ in sites) and self.activations == "int8":
