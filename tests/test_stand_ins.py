@@ -67,17 +67,3 @@ def test_shapes_and_costs_behind_codes_in_blocks(bits, dtype):
     assert found.nodes["look"].weight_bytes == 30 * 64 * bits // 8 + 30 * 2 * 4
     # The graph itself is as it was.
     assert [node.op_type for node in model.graph] == ["GatherBlockQuantized", "MatMulNBits", "Softmax"]
-
-
-def test_what_is_not_of_these_operators_stays_unknown():
-    node = helper.make_node("MatMulBnb4", ["x", "b", "s"], ["y"], "other", domain="com.microsoft")
-    ends = (
-        [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 4]) for n in ("x", "b", "s")],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-    )
-    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
-    model = from_proto(helper.make_model(helper.make_graph([node], "g", *ends), opset_imports=opsets, ir_version=8))
-    assert model.not_analysed() == {
-        "other": "MatMulBnb4 is of the foreign domain 'com.microsoft', passed through untouched"
-    }
-    assert "other" in cost(model).unknown
