@@ -24,9 +24,10 @@ TRAIN = "recover{epochs=1, batch=8, learning_rate=0.001, validation=0.25}"
 SPLIT_BOUND = 0.6  # random weights are far from low rank, and the samples are few
 PRUNED = ["prune-channels{macs=0.8}", "prune-blocks{count=1}", "prune-groups{macs=0.8}", "prune-weights{sparsity=0.3}"]
 PRUNED_BOUND = 1.5  # random weights are all needed
+CODED, CODED_BOUND = "weight-only", 0.15  # 4 bits in the last two layers
 PASSES = [
     "simplify", "fold-batchnorm", "int8", "int8{calibrator=minmax, rounding=nearest, bias_correction=false}", SPLIT,
-    *PRUNED,
+    *PRUNED, CODED,
     *([TRAIN] if "recover" in pass_names() else []),
 ]  # fmt: skip
 
@@ -143,6 +144,7 @@ def test_passes_in_any_order_stay_near_the_original(proto, recipe):
     onnx.checker.check_model(after, full_check=True)
     inputs = next(batches(proto))
     bound = INT8_BOUND + SPLIT_BOUND * (SPLIT in recipe) + PRUNED_BOUND * any(name in recipe for name in PRUNED)
+    bound += CODED_BOUND * (CODED in recipe)
     assert distance(run(proto, inputs), run(after, inputs)) <= bound
     names = {new for n in proto.graph.node for new in (n.name, *result.history.node_map[n.name])}
     lowered = {site for r in result.history.passes if r.name == "int8" and r.status == KEPT for site, _ in r.chosen}
