@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+SENTENCES, CALIBRATION = 200, 256  # to judge by, to calibrate on
+
 
 def sentence_model(folder: Path, length: int) -> tuple[Path, Callable[[list[str]], dict[str, np.ndarray]]]:
     """all-MiniLM-L6-v2 with mean pooling as ONNX, and what makes its inputs of texts, padded to so many tokens."""

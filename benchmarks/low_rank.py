@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import onnx
 from _marks import Marks, Parser, data_file, model_file
-from _sentences import prose, sentence_model
+from _sentences import CALIBRATION, SENTENCES, prose, sentence_model
 from onnx import TensorProto, helper, numpy_helper
 
 from effc.api import Result, optimize, real_feeds
@@ -56,7 +56,7 @@ COMPILE_SECONDS = 60
 SPEEDUPS = {"resnet56": (1.1,), "vgg-small": (5.0,)}
 SAME = 1.03  # latencies up to so far apart are the same
 DENSE = {"AlexNet": [(4096, 9216), (4096, 4096), (1000, 4096)], "VGG-19": [(4096, 25088), (4096, 4096), (1000, 4096)]}
-TOKENS, SENTENCES, CALIBRATION = 64, 200, 256
+TOKENS = 64
 THREADS = 2  # to compile with
 
 

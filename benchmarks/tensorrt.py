@@ -60,10 +60,10 @@ class Bench(Marks):
 
     def minilm(self) -> None:
         """Cosine of sentence embeddings to the original's."""
-        from low_rank import prose, sentence_model
+        from _sentences import prose, sentence_model
 
         with tempfile.TemporaryDirectory() as folder:
-            path, tokens = sentence_model(Path(folder))
+            path, tokens = sentence_model(Path(folder), 64)
             onnx.save(onnx.load(path), path)  # one file
             texts = prose()
             parts = texts[:CALIBRATION], texts[CALIBRATION : CALIBRATION + TEXTS]
