@@ -12,11 +12,11 @@ import numpy as np
 from effc import edit
 from effc.block_codes import BlockCodes, Grid, largest, least_squares
 from effc.contract import Context
+from effc.layers import bias_array, set_bias
 from effc.model import Model
 from effc.walk import Values, Walk, samples
 
 from ._coded_sites import Coded, bias_site
-from ._compensated import _shift
 from ._compensation import lost
 from ._gptq import gptq
 from ._observed import EACH, MOST_NUMBERS, SAMPLES, sizes
@@ -138,7 +138,8 @@ def _correct(model: Model, coded: Coded, shift: np.ndarray, shapes: dict[str, tu
     if site.adding is not None:
         set_added(model, site, (site.bias + shift).astype(np.float32))
     else:
-        _shift(model, node, shift, node.attributes.get_float("beta", 1.0) if node.op_type == "Gemm" else 1.0)
+        before = bias_array(model, node, len(shift))
+        set_bias(model, node, shift if before is None else before + shift)
 
 
 def _rows(walk: Walk, name: str, seed: int) -> np.ndarray:

@@ -14,11 +14,10 @@ import onnx_ir as ir
 
 from effc import edit
 from effc.block_codes import BlockCodes, pack
-from effc.layers import bias_array, bias_value
+from effc.layers import added_behind, bias_array, bias_value
 from effc.model import RUNTIME_DOMAIN, Model
 
 from ._coded_sites import Coded
-from ._sites import _adding, _operand
 
 INT8_ACTIVATIONS, FLOAT_ACTIVATIONS = 4, 1  # MatMulNBits' accuracy levels
 UNSIGNED = {8: np.uint8, 4: ml_dtypes.uint4, 2: ml_dtypes.uint2}
@@ -37,8 +36,9 @@ def put_own(model: Model, coded: Coded, codes: BlockCodes, level: int, shapes: d
         others.append(edit.add_initializer(model, f"{name}_zero_points", codes.packed_zeros()))
     options = {"bits": grid.bits, "block_size": grid.block}
     for node in coded.products:
-        adding = _adding(model, node, rows, shapes)
-        bias = _bias(model, node, adding, rows)
+        behind = added_behind(model, node, rows, len(shapes.get(node.outputs[0].name) or ()))
+        adding = None if behind is None else behind[0]
+        bias = _bias(model, node, behind, rows)
         inputs = [node.inputs[0], blocks, *others]
         if bias is not None:
             inputs += [None] * (5 - len(inputs)) + [bias]
@@ -61,11 +61,15 @@ def put_own(model: Model, coded: Coded, codes: BlockCodes, level: int, shapes: d
         edit.replace(model, [node], [*before, new], {node.outputs[0]: new.outputs[0]})
 
 
-def _bias(model: Model, node: ir.Node, adding: ir.Node | None, outputs: int) -> ir.Value | None:
-    """The bias of a layer as one number an output."""
-    if adding is not None:
-        value, array = adding.inputs[_operand(model, adding, node.outputs[0])[0]], None
-        array = _operand(model, adding, node.outputs[0])[1]
+def _bias(model: Model, node: ir.Node, behind: tuple[ir.Node, int] | None, outputs: int) -> ir.Value | None:
+    """The bias of a layer as one number an output.
+
+    Args:
+        behind: the Add that is its bias and the place of the constant there; None where the layer has its own.
+    """
+    if behind is not None:
+        value = behind[0].inputs[behind[1]]
+        array = model.constant(value)
     else:
         value, array = bias_value(node), bias_array(model, node, outputs)
     if array is None:

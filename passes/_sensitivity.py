@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,26 +21,25 @@ if TYPE_CHECKING:
 SAMPLES, TOGETHER = 64, 8
 
 
-def local_damage(
-    nodes: Sequence[ir.Node], inputs: dict[ir.Value, tuple[Affine, Bins]], bits: int
-) -> dict[ir.Node, float]:
+def local_damage(inputs: Mapping[ir.Node, tuple[Affine, Bins]], bits: int) -> dict[ir.Node, float]:
     """Half the relative squared error of each layer's output from rounding its input and weights, taken as noise.
 
     In nats only to first order and for layers that matter alike: it serves to put layers in order.
+
+    Args:
+        inputs: of each layer the codes of what it reads, and what was seen of that.
     """
     damages = {}
-    for node in nodes:
+    for node, (q, bins) in inputs.items():
         weight = constant_weight(node).astype(np.float64)
         rounded = quantize_weight(weight, output_axis(node, weight.ndim), bits=bits).decoded()
         power = float((weight**2).sum())
         noise = float(((weight - rounded) ** 2).sum()) / power if power else 0.0
-        if node.inputs[0] in inputs:
-            q, bins = inputs[node.inputs[0]]
-            x = bins.centres
-            kept = np.clip(x, q.low, q.high)
-            error = (x - kept) ** 2 + float(q.scale) ** 2 / 12
-            energy = float(x**2 @ bins.counts)
-            noise += float(error @ bins.counts) / energy if energy else 0.0
+        x = bins.centres
+        kept = np.clip(x, q.low, q.high)
+        error = (x - kept) ** 2 + float(q.scale) ** 2 / 12
+        energy = float(x**2 @ bins.counts)
+        noise += float(error @ bins.counts) / energy if energy else 0.0
         damages[node] = 0.5 * noise
     return damages
 

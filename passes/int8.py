@@ -100,11 +100,10 @@ class Int8(Pass):
             quick = replace(self, rounding="balanced")  # a fit for each layer would take long
             return output_damage(quick, model, forms, context)
         bins, _ = self._observed(model, placement, context)
-        inputs = {v: (self._affine(b, context), b) for v, b in bins.items()}
-        for node in [n for n, form in forms.items() if form == "dynamic"]:
-            seen = bins[node.inputs[0]]
-            inputs[node.inputs[0]] = affine(seen.minimum, seen.maximum), seen
-        return local_damage(list(forms), inputs, _bits(context))
+        seen = {n: bins[placement.coded[n.inputs[0]]] for n in forms}
+        dynamic = {n for n, form in forms.items() if form == "dynamic"}
+        codes = {n: affine(b.minimum, b.maximum) if n in dynamic else self._affine(b, context) for n, b in seen.items()}
+        return local_damage({n: (codes[n], seen[n]) for n in forms}, _bits(context))
 
     def _refusal(self, model: Model, node: ir.Node, context: Context) -> str | None:
         """Why a node stays in float whatever stands around it, or None."""

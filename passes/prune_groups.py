@@ -84,8 +84,10 @@ class PruneGroups(Budgeted):
                 yield Proposal(node.name, (node.name,), dict(best.settings[0]), before, after, 0.0)
             else:
                 planned.append((node, context.cost_of(model, [node.name]), found))
+        if not planned:
+            return
         walk, reference = None, []
-        if context.calibration is not None and planned:
+        if context.calibration is not None:
             feeds = samples(model, context.calibration, SAMPLES)
             walk = Walk(model, context.backend, feeds, threads=context.threads)
             reference = walk.fork(BATCHES).outputs()
