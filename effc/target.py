@@ -43,6 +43,7 @@ class IntegerKernels:
         dynamic: products of matrices can be quantised as they run, without calibration.
         float_bias: biases stay floats; else they are 32-bit integers.
         residual_pairs: a convolution takes in the Add behind it when the other operand, and that one alone, is coded.
+        blocks: how many weights may share a scale where codes come in blocks; the first is what is taken unasked.
     """
 
     signed: bool
@@ -57,6 +58,7 @@ class IntegerKernels:
     dynamic: bool = True
     float_bias: bool = False
     residual_pairs: bool = False
+    blocks: tuple[int, ...] = (32, 16, 64, 128, 256)
 
     def slow_convolution(self, outputs: int, inputs: int, groups: int, *, first: bool) -> str | None:
         """Why a convolution's integer kernel is slower than float, or None.
@@ -202,6 +204,7 @@ def tensorrt_kernels() -> IntegerKernels:
         dynamic=False,
         float_bias=True,
         residual_pairs=True,
+        blocks=(64, 128),
     )
 
 

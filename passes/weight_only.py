@@ -45,9 +45,13 @@ class WeightOnly(Pass):
 
     bits: Annotated[Literal[8, 4, 2], Field(description="of a code; with size=, the fewest that a layer may get")] = 4
     block: Annotated[
-        Literal[16, 32, 64, 128, 256], Field(description="weights along a layer's inputs that share a scale")
-    ] = 32
-    symmetric: Annotated[bool, Field(description="no zero points: smaller, and coarser where weights lean")] = False
+        Literal[16, 32, 64, 128, 256] | None,
+        Field(description="weights along a layer's inputs that share a scale; None: 32, or the least the target takes"),
+    ] = None
+    symmetric: Annotated[
+        bool | None,
+        Field(description="no zero points: smaller, and coarser where weights lean; None: where the target takes none"),
+    ] = None
     scales: Annotated[
         Literal["max", "mse"], Field(description="max: cover all weights; mse: least squared error of each block")
     ] = "mse"
@@ -85,7 +89,7 @@ class WeightOnly(Pass):
                 yield from (Skipped(node.name or "", settings) for node in coded.readers)
             else:
                 found.append((coded, settings))
-        errors = self._errors(found)
+        errors = self._errors(found, context)
         prices = self._prices(model, found, errors, context)
         for (coded, settings), off, price in zip(found, errors, prices, strict=True):
             names = tuple(node.name or "" for node in coded.readers)
@@ -107,7 +111,7 @@ class WeightOnly(Pass):
         feedback = self.rounding != "nearest" and context.calibration is not None
         order = {node: place for place, node in enumerate(model.graph)}
         sites.sort(key=lambda site: min(order[node] for node in site[0].readers))
-        codes, errors = fit(model, sites, Way(self.symmetric, self.scales == "mse", feedback), context)
+        codes, errors = fit(model, sites, Way(self._symmetric(context), self.scales == "mse", feedback), context)
         for (coded, _), made in zip(sites, codes, strict=True):
             if plain:
                 put_plain(model, coded, made)
@@ -144,13 +148,20 @@ class WeightOnly(Pass):
         if context.target.runtime != "onnxruntime":
             if self.form == "matmulnbits":
                 raise BadInput(f"form=matmulnbits is for onnxruntime; {context.target.name} takes form=dequantize")
-            if context.target.integer.signed and not self.symmetric:
-                raise BadInput(f"{context.target.name} takes zero points of 0 alone: give symmetric=true")
+            if context.target.integer.signed and self.symmetric is False:
+                raise BadInput(f"{context.target.name} takes zero points of 0 alone: leave symmetric=false out")
+            if self.block not in (None, *(taken := context.target.integer.blocks)):
+                raise BadInput(
+                    f"{context.target.name} takes blocks of {' or '.join(map(str, taken))}, not {self.block}"
+                )
         if self._plain(context) and self.activations == "float" and context.target.runtime == "onnxruntime":
             raise BadInput(
                 "activations=float with form=dequantize lies with the session: onnxruntime rounds them to 8 bits unless"
                 " it is given session.qdq_matmulnbits_accuracy_level=1; form=matmulnbits says it in the file"
             )
+
+    def _symmetric(self, context: Context) -> bool:
+        return context.target.integer.signed if self.symmetric is None else self.symmetric
 
     @property
     def _level(self) -> int:
@@ -182,7 +193,9 @@ class WeightOnly(Pass):
         now, least, settings = 4 * rows * columns, 0, []
         for bits in sorted((w for w in WIDTHS if w >= self.bits) if self.size is not None else (self.bits,)):
             block = self._block(columns, bits, context)
-            after = nbytes(rows, columns, bits, block, self.symmetric)
+            if block not in (taken := context.target.integer.blocks):
+                return f"its rows of {columns} numbers are shorter than a block of {min(taken)}"
+            after = nbytes(rows, columns, bits, block, self._symmetric(context))
             least = least or after
             fits = columns % (8 // bits) == 0 and (not coded.products or columns % block == 0)
             if coded.lookups and not fits:
@@ -194,12 +207,12 @@ class WeightOnly(Pass):
 
     def _block(self, columns: int, bits: int, context: Context) -> int:
         """No block is longer than a row; at 2 bits onnxruntime has fast kernels for 32 to 128 alone."""
-        block = min(self.block, max(16, 1 << (columns - 1).bit_length()))
+        block = min(self.block or context.target.integer.blocks[0], max(16, 1 << (columns - 1).bit_length()))
         return (
             min(max(block, 32), 128) if bits == 2 and not self._plain(context) and self.activations == "int8" else block
         )
 
-    def _errors(self, found: Sequence[tuple[Coded, list[dict[str, int]]]]) -> list[list[float]]:
+    def _errors(self, found: Sequence[tuple[Coded, list[dict[str, int]]]], context: Context) -> list[list[float]]:
         """Half the relative squared error of each matrix at each setting, rounded to the nearest code.
 
         In nats only to first order and for matrices that matter alike: it serves to put settings in order.
@@ -210,7 +223,7 @@ class WeightOnly(Pass):
             power = max(float(np.square(matrix, dtype=np.float64).sum()), LEAST)
             own = []
             for setting in settings:
-                codes = largest(matrix, **setting, symmetric=self.symmetric).nearest(matrix)
+                codes = largest(matrix, **setting, symmetric=self._symmetric(context)).nearest(matrix)
                 own.append(0.5 * float(np.square(matrix - codes.decoded(), dtype=np.float64).sum()) / power)
             errors.append(own)
         return errors
@@ -235,7 +248,7 @@ class WeightOnly(Pass):
         for index in by_place:
             (coded, settings), off = found[index], errors[index]
             matrix = coded.matrix
-            rounded = largest(matrix, **settings[0], symmetric=self.symmetric).nearest(matrix).decoded()
+            rounded = largest(matrix, **settings[0], symmetric=self._symmetric(context)).nearest(matrix).decoded()
             weight = coded.stored(rounded)
             if len(coded.readers) == 1 and coded.products and not coded.turned:
                 moved = walk.changed(coded.products[0], weight, np.zeros(1, np.float32), len(reference)).outputs()
@@ -253,7 +266,7 @@ class WeightOnly(Pass):
     ) -> tuple[Cost, Cost]:
         """Cost of the readers before and after; seconds where the target knows both kernels by measurement."""
         rows, columns = coded.shape
-        saved = 4 * rows * columns - nbytes(rows, columns, **setting, symmetric=self.symmetric)
+        saved = 4 * rows * columns - nbytes(rows, columns, **setting, symmetric=self._symmetric(context))
         after = replace(before, weight_bytes=before.weight_bytes - saved, energy=0.0, seconds=0.0)
         names = [node.name or "" for node in coded.products]
         unmeasured = setting["bits"] == 2  # kernels of the others were

@@ -255,11 +255,13 @@ def test_bad_options(options, calibrated, said):
 
 def test_tensorrt_takes_plain_symmetric_codes():
     target = find("tensorrt-a100")
-    with pytest.raises(BadInput, match="give symmetric=true"):
-        Coded(sentences(), target=target)
+    with pytest.raises(BadInput, match="leave symmetric=false out"):
+        Coded(sentences(), target=target, symmetric=False)
+    with pytest.raises(BadInput, match="takes blocks of 64 or 128, not 32"):
+        Coded(sentences(), target=target, block=32)
     with pytest.raises(BadInput, match="takes form=dequantize"):
         Coded(sentences(), target=target, form="matmulnbits")
-    found = Coded(sentences(), target=target, symmetric=True, block=64)
+    found = Coded(sentences(), target=target)
     assert found.types()["DequantizeLinear"] == 4 and found.skipped["look"] == "tensorrt-a100 looks up floats"
     assert all(len(n.inputs) == 2 for n in found.model.graph if n.op_type == "DequantizeLinear")
 
