@@ -124,7 +124,8 @@ class Search:
 
         More and more are given up; what holds the limit on the data kept for choosing is then judged on all
         evaluation data, the one with the most rewrites first. No order is assumed to be perfect: on a few hundred
-        samples a metric moves by chance as much as by a layer.
+        samples a metric moves by chance as much as by a layer. So those that were given up are taken back one by one,
+        best trade first, where the limit still holds.
 
         Args:
             limit: points that may be lost.
@@ -134,24 +135,36 @@ class Search:
         wanted = {(p.site, _setting(p)) for p in full.chosen[0]}
         offered = [p for p in precise if (p.site, _setting(p)) in wanted]
         order = by_worth(offered, decisive((*failed.goals, self.guard.goal)[0], offered))
-        looks = 0
+        looks, kept = 0, order
         attempt, record = full, failed
-        for given_up in _steps(len(order)):
-            candidate = self.make(order[: len(order) - given_up])
+
+        def judged(chosen: list[Proposal]) -> tuple[Attempt, StageRecord] | None:
+            nonlocal looks
+            candidate = self.make(chosen)
             drop = self.guard.drop(candidate.model)
-            if drop is None or drop > limit:
-                continue
+            if drop is None or drop > limit or looks == LOOKS:
+                return None
             looks += 1
             _explain(candidate, full, f"given up to hold a drop of {limit:g} points")
-            attempt, record = candidate, StageRecord(candidate.records, goals=failed.goals)
-            self.guard.judge(record, before, attempt.model, True, limit)
-            if record.cause != "accuracy" or looks == LOOKS:
-                break
+            found = StageRecord(candidate.records, goals=failed.goals)
+            self.guard.judge(found, before, candidate.model, True, limit)
+            return candidate, found
+
+        for count in _steps(len(order)):
+            if (tried := judged(order[: len(order) - count])) is not None:
+                attempt, record = tried
+                kept = order[: len(order) - count]
+                if record.cause != "accuracy" or looks == LOOKS:
+                    break
+        given_up = order[len(kept) : len(kept) + LOOKS] if record.cause != "accuracy" else []
+        for p in given_up if len(given_up) > 1 else ():  # of one it is known already
+            if (tried := judged([*kept, p])) is not None and tried[1].cause != "accuracy":
+                (attempt, record), kept = tried, [*kept, p]
         self.guard.chosen_on_part = True
-        kept = len(attempt.chosen[0]) if record is not failed else 0
+        stays = len(attempt.chosen[0]) if record is not failed else 0
         for entry in record.passes:
             entry.notes.append(
-                f"{len(order) - kept} of {len(order)} rewrites were given up to hold a drop of {limit:g} points: chosen"
+                f"{len(order) - stays} of {len(order)} rewrites were given up to hold a drop of {limit:g} points: chosen"
                 f" on {self.guard.choosing_samples} samples, judged {looks + 1} times on all evaluation samples"
             )
         return attempt, record

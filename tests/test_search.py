@@ -119,17 +119,27 @@ def test_stops_at_the_first_choice_that_holds_on_all_data():
     told = Told(damage_of(damages), damage_of(damages))
     attempt, record = within(told, proposals(damages))
     assert [p.setting["rank"] for p in attempt.chosen[0]] == [0, 1] and record.status == KEPT
-    assert [len(kept) for kept in told.looks] == [4, 3, 2]
+    assert [len(kept) for kept in told.looks[:3]] == [4, 3, 2]
     assert told.judged == [frozenset({0, 1})] and told.chosen_on_part
+    assert told.looks[3:] == [frozenset({0, 1, n}) for n in (2, 3, 4)]  # none of those may come back
+
+
+def test_those_that_were_given_up_beside_the_guilty_one_come_back():
+    """All seem to hurt alike, and the third alone does."""
+    told = Told(lambda kept: 9.0 * (2 in kept), lambda kept: 9.0 * (2 in kept))
+    attempt, record = within(told, proposals([1.0] * 6))
+    assert [p.setting["rank"] for p in attempt.chosen[0]] == [0, 1, 3, 4, 5] and record.status == KEPT
+    assert "1 of 6 rewrites were given up" in record.passes[0].notes[0]
+    assert {e.node for e in attempt.records[0].ledger if e.reason.startswith("given up")} == {"layer2"}
 
 
 def test_what_holds_on_the_part_alone_is_looked_at_and_passed_over():
     """No order is perfect: the part says yes to all, the whole to the third."""
     told = Told(lambda kept: 0.0, lambda kept: 0.5 if len(kept) <= 3 else 3.0)
     attempt, record = within(told, proposals([1.0] * 6))
-    assert [len(kept) for kept in told.judged] == [5, 4, 3] and len(attempt.chosen[0]) == 3
+    assert [len(kept) for kept in told.judged] == [5, 4, 3, 4, 4, 4] and len(attempt.chosen[0]) == 3
     assert record.status == KEPT and record.passes[0].notes == [
-        "3 of 6 rewrites were given up to hold a drop of 1 points: chosen on 50 samples, judged 4 times on all"
+        "3 of 6 rewrites were given up to hold a drop of 1 points: chosen on 50 samples, judged 7 times on all"
         " evaluation samples"
     ]
 
