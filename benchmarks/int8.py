@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import onnx
 import peers
+from _zoo_nets import resnet18
 
 from effc.api import optimize, real_feeds
 from effc.capture import load
@@ -49,19 +50,29 @@ class Network:
     """One network, its data, and what effc may lose on it.
 
     Attributes:
-        file: below $EFFC_DATA/models.
+        file: below $EFFC_DATA/models; or what makes a model.
         calibrate, evaluate: data specs, their sources below $EFFC_DATA/data.
         max_drop: as given to effc; None leaves its default.
         allowed: the mark: largest loss of the metric, in its unit; None where only latency has a mark.
         least: the mark: smallest value of the metric, in its unit.
+        fastest: the mark: batch -> largest share of the float original's latency.
+        agreed: the mark: smallest share of samples that all rewrites together leave in their class.
     """
 
-    file: str
+    file: str | Callable[[], onnx.ModelProto]
     calibrate: str | Mapping[str, Any]
     evaluate: str | Mapping[str, Any]
     max_drop: float | None = None
     allowed: float | None = None
     least: float | None = None
+    fastest: Mapping[int, float] = field(default_factory=dict)
+    agreed: float | None = None
+
+
+def images() -> Iterator[dict[str, np.ndarray]]:
+    """Smooth random images, for networks of random weights."""
+    coarse = np.random.default_rng(0).standard_normal((32, 3, 14, 14), np.float32)
+    yield {"input": coarse.repeat(16, axis=2).repeat(16, axis=3)}
 
 
 CIFAR = {"calibrate": "cifar10-train.yaml{limit=256}", "evaluate": "cifar10-test.yaml"}
@@ -76,10 +87,19 @@ NETWORKS = {
         "imagenet-500.yaml{shuffle=0,start=150}",
         max_drop=0.5,
         allowed=0.5,
+        fastest={1: 0.8, 32: 0.75},
+        agreed=0.93,
     ),
     # No labels here: the signal to noise ratio of the outputs, 20 dB being a relative squared error of 1 %.
     "ultraface": Network(
         "ultraface-rfb-320.onnx", {**FACES, "limit": 150}, {**FACES, "start": 150, "metric": "sqnr"}, least=20.0
+    ),
+    # Random weights: latency alone counts.
+    "resnet18": Network(
+        lambda: resnet18(224),
+        {"source": images, "limit": 16},
+        {"source": images, "start": 16, "metric": "sqnr"},
+        fastest={1: 1 / 3.9},
     ),
 }
 
@@ -120,7 +140,11 @@ class Bench:
     def __init__(self, name: str, network: Network, folder: Path, options: argparse.Namespace) -> None:
         root = Path(os.environ["EFFC_DATA"])
         self.name, self.network, self.folder, self.options = name, network, folder, options
-        self.float = Candidate("float32", root / "models" / network.file)
+        self.float = Candidate("float32", folder / "float32.onnx")
+        if isinstance(network.file, str):
+            self.float.path = root / "models" / network.file
+        else:
+            onnx.save(network.file(), self.float.path)
         self.model = load(self.float.path)
         self.calibration, self.evaluation = (
             open_spec(spec, root / "data").for_model(self.model) for spec in (network.calibrate, network.evaluate)
@@ -276,6 +300,11 @@ class Bench:
         ratio, low = own["latency"]["ratio"], own["latency"]["low"]
         if low > SLOWER:
             self.missed.append(f"{where}: slower than float32 ({ratio:.2f}x)")
+        if ratio > network.fastest.get(batch, np.inf):
+            self.missed.append(f"{where}: {ratio:.3f}x, at most {network.fastest[batch]:.3f} wanted")
+        whole = rows.get("effc, all of it", own)
+        if network.agreed is not None and whole["agreement"] < network.agreed:
+            self.missed.append(f"{where}: all of it agrees on {whole['agreement']:.1%}, {network.agreed:.0%} wanted")
         best = rows["onnxruntime-best"]
         if "failure" not in best and ratio > SLOWER * best["latency"]["ratio"]:
             bounds = f"[{best['latency']['low']:.3f}, {best['latency']['high']:.3f}]"
@@ -317,7 +346,7 @@ def open_spec(spec: str | Mapping[str, Any], folder: Path) -> Data:
     """A data spec whose source lies in a folder."""
     if isinstance(spec, str):
         return open_data(f"{folder}/{spec}")
-    return open_data({**spec, "source": str(folder / spec["source"])})
+    return open_data(spec if callable(spec["source"]) else {**spec, "source": str(folder / spec["source"])})
 
 
 def main() -> int:
