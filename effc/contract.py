@@ -77,7 +77,8 @@ class Context:
     """What a pass may ask for beside the model.
 
     Attributes:
-        original: the recipe's first model: the source of targets for passes that correct as they go. Never changed.
+        original: the recipe's first model: the source of targets for passes that correct as they go. Where a recipe
+            begins with training, what that made of it, as weights have moved on from the first. Never changed.
         target: runtime and device that the result is for.
         backend: the runtime itself.
         calibration: data to look at activations with, or None.

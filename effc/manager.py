@@ -61,6 +61,7 @@ class PassManager:
         if self.replay is not None and len(self.replay) != len(planned):
             raise BadInput(f"the report to replay has {len(self.replay)} stages, the recipe {len(planned)}")
         remaining = [step for stage in planned for step in stage.passes]
+        whole = True  # nothing was taken from the model so far
         for number, stage in enumerate(planned):
             remaining = remaining[len(stage.passes) :]
             self._after_stage = tuple(remaining)
@@ -69,6 +70,9 @@ class PassManager:
             if record.status == KEPT:
                 outcome.model = attempt.model
                 outcome.node_map = compose(outcome.node_map, attempt.node_map)
+                whole = whole and (stage.only_recovers or not stage.lossy)
+                if whole and stage.only_recovers:
+                    self.context.original = attempt.model
         return outcome
 
     def _stage(self, stage: Stage, before: Model, number: int) -> tuple[Attempt, StageRecord]:
