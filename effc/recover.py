@@ -153,7 +153,7 @@ def recover(
         )  # fmt: skip
         fitted = training.run()
     trainer.write_back(view, model)
-    return [_told(fitted, how, len(held_out)), *held]
+    return [_told(fitted, how, len(held_out)), *held, *(_worse(sessions, held_out, fitted, how) if labelled else ())]
 
 
 @dataclass(frozen=True)
@@ -294,6 +294,20 @@ def _key(model: Model, how: Recover, context: Context) -> str:
     options = {k: v for k, v in asdict(how).items() if k not in ("checkpoint", "device")}
     digest.update(json.dumps([options, context.training.digest, context.seed], sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def _worse(sessions: Sequence[Session], held_out: Data, fitted: Fitted, how: Recover) -> Iterator[str]:
+    """Says so where no teacher is right as often as the student has become: it held the student back."""
+    own = fitted.scores[fitted.best][0]
+    teachers = {str(number): session for number, session in enumerate(sessions)}
+    if own is None or not teachers:
+        return
+    best = max(score.value for score in evaluate(teachers, held_out, reference="0", metric="top1").values())
+    if best < own:
+        yield (
+            f"the teacher makes {100 * best:.2f} % on the held-out samples, less than the student: train it first with"
+            " labels=1, or let the student learn from labels alone (labels=1)"
+        )
 
 
 def _told(fitted: Fitted, how: Recover, samples: int) -> str:

@@ -164,8 +164,8 @@ class Search:
         stays = len(attempt.chosen[0]) if record is not failed else 0
         for entry in record.passes:
             entry.notes.append(
-                f"{len(order) - stays} of {len(order)} rewrites were given up to hold a drop of {limit:g} points: chosen"
-                f" on {self.guard.choosing_samples} samples, judged {looks + 1} times on all evaluation samples"
+                f"{len(order) - stays} of {len(order)} rewrites were given up to hold a drop of {limit:g} points:"
+                f" chosen on {self.guard.choosing_samples} samples, judged {looks + 1} times on all evaluation samples"
             )
         return attempt, record
 

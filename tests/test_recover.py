@@ -141,6 +141,14 @@ def test_several_teachers(digits):
     assert found.scores["after"].points == pytest.approx(right(found.model.proto()))
 
 
+def test_a_teacher_that_knows_less_is_told(digits):
+    dull = optimize(digits, "low-rank{macs=0.05}").model
+    how = Recover(epochs=2, batch=32, learning_rate=0.01, labels=0.9)
+    _, note = train(digits, how, data=samples(0, 900), teachers=[dull]).notes
+    assert note.startswith("the teacher makes ") and "less than the student: train it first" in note
+    assert len(train(dull, how, data=samples(0, 900), teachers=[digits]).notes) == 1
+
+
 def context(proto: onnx.ModelProto, **options) -> Context:
     return Context(from_proto(proto), find("onnxruntime-avx2"), backend("onnxruntime"), **options)
 
