@@ -35,6 +35,7 @@ INT8 = {
     "masks and fusions alone, in float": "simplify, bound-masks, unfuse",
     "int8 without data": "simplify, bound-masks, unfuse, int8",
     "int8": "simplify, bound-masks, unfuse, smooth, int8",
+    "int8, the table of words in 8 bits": "simplify, bound-masks, unfuse, smooth, int8, weight-only{bits=8}",
 }
 WEIGHTS = {
     "8 bits": "weight-only{bits=8, block=64}",
@@ -62,7 +63,7 @@ class Bench(Marks):
         self.feeds = [{name: values[:1] for name, values in self.test.items()}, tokens([" ".join(texts[:40])])]
 
     def int8(self) -> None:
-        makers = {name: self._effc(recipe, name == "int8") for name, recipe in INT8.items()}
+        makers = {name: self._effc(recipe, "without data" not in name) for name, recipe in INT8.items()}
         self._table({**makers, PEER: lambda out: peers.onnxruntime_dynamic(self.path, [], out, per_channel=True)})
 
     def weights(self) -> None:
