@@ -9,8 +9,9 @@ saliency, with and without fitting what stays. `latency`: what is left of latenc
 original trained on their labels for as many epochs beside it and as its teacher; `deployed`: the same, pruned for the
 kernels of int8 and lowered to them behind the training. `lasso`: groups that training brings to zero, taps and
 channels, half of them, then removed and trained on; beside groups chosen without training at as many
-multiply-accumulates, trained for as many epochs, and the original trained alike. `peers`: half of the multiply-accumulates by effc and by Torch-Pruning 1.6 (where that is there:
-pip install --no-deps torch-pruning), latencies in one run. The last four need the package torch.
+multiply-accumulates, trained for as many epochs, and the original trained alike. `peers`: half of the
+multiply-accumulates by effc and by Torch-Pruning 1.6 (where that is there: pip install --no-deps torch-pruning),
+latencies in one run. The last four need the package torch.
 
 Exit status 1 when a mark is missed; the marks are listed under the tables.
 """
