@@ -242,7 +242,12 @@ class Finetune:
             return False
         if not self._counts(self.fitted.best):
             return True
-        return (own, -loss) > (before, -least) if own is not None and before is not None else loss < least
+        if own is None or before is None:
+            return loss < least
+        # Top-1 of so few samples tells states apart to its standard error alone; below that the loss does.
+        peak = max(share for number, (share, _) in enumerate(self.fitted.scores) if self._counts(number))
+        doubt = math.sqrt(peak * (1 - peak) / len(self.held_out))
+        return own > before + doubt or (own >= peak - doubt and loss < least)
 
     def _counts(self, epoch: int) -> bool:
         """Whether the state after an epoch is one to keep."""
