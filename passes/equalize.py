@@ -20,7 +20,7 @@ from effc.contract import Context, Pass, Proposal, Skipped
 from effc.model import Model
 
 from ._equalization import Noise, limits, requests
-from ._homogeneous import Scalable, components, scalable
+from ._homogeneous import LAYERS, Scalable, components, scalable
 
 Terms = list[tuple[float, np.ndarray]]
 
@@ -47,22 +47,28 @@ class Equalize(Pass):
 
     def propose(self, model: Model, context: Context) -> Iterator[Proposal | Skipped]:
         found = scalable(model)
-        groups = list(components(found))
+        reasons = dict(_fixed(model, found))
+        groups = [(units, _nodes(model, found, units)) for units in components(found)]
         if context.calibration is None:
-            reason = "how far channels reach is not known: give --calibrate SPEC"
-            yield from (Skipped(_site(found, units), reason) for units in groups)
+            unknown = "how far channels reach is not known: give --calibrate SPEC"
+            reasons |= dict.fromkeys((name for _, names in groups for name in names), unknown)
+            yield from (Skipped(name, reason) for name, reason in reasons.items())
             return
         logs, before, after = self._scales(model, found, context)
-        for units in groups:
-            site = _site(found, units)
+        taken: set[str] = set()
+        for units, names in groups:
             was, left = (sum(value for value, own in each if np.isin(own, units).any()) for each in (before, after))
             if not (logs[units] != 0).any():
-                yield Skipped(site, "its channels are below the bound of a Clip, or no codes are made of it")
+                reason = "its channels are below the bound of a Clip, or no codes are made of it"
             elif left > self.least * was:
                 kept = f"{left / was:.2f} of the noise of codes would be left" if was else "it makes no noise"
-                yield Skipped(site, f"its channels are alike already: {kept}")
+                reason = f"its channels are alike already: {kept}"
             else:
-                yield Proposal(site, _nodes(model, found, units), {"noise": round(left / was, 4)}, damage=0.0)
+                yield Proposal(_site(found, units), names, {"noise": round(left / was, 4)}, damage=0.0)
+                taken |= set(names)
+                continue
+            reasons |= dict.fromkeys(names, reason)
+        yield from (Skipped(name, reason) for name, reason in reasons.items() if name not in taken)
 
     def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
         found = scalable(model)
@@ -105,6 +111,15 @@ class Equalize(Pass):
 def _site(found: Scalable, units: np.ndarray) -> str:
     """The first weight that makes the units."""
     return next(place.weight for place, own in found.places.items() if not place.reads and np.isin(own, units).any())
+
+
+def _fixed(model: Model, found: Scalable) -> Iterator[tuple[str, str]]:
+    """Layers none of whose outputs may be scaled, each with the first reason."""
+    for node in model.nodes(*LAYERS):
+        value = node.inputs[1] if len(node.inputs) > 1 else None
+        units = found.places_of(value.name) if value is not None else []
+        if all(unit in found.fixed for unit in units):
+            yield node.name, found.fixed[units[0]] if units else "its weight is no constant of its own"
 
 
 def _nodes(model: Model, found: Scalable, units: np.ndarray) -> tuple[str, ...]:

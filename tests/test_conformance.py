@@ -147,7 +147,7 @@ REFUSALS = [
     ("simplify", "control", "node_choice", "If holds a sub-graph, which is passed through untouched"),
     ("fold-batchnorm", "two_outputs", "node_left_bn", "the weight of 'node_conv_left' is shared with another node"),
     ("fold-batchnorm", "branches", "node_dense_bn", "it stands behind Concat 'node_concat'"),
-    ("equalize", "control", "node_choice", "If holds a sub-graph, which is passed through untouched"),
+    ("equalize", "plain", "node_conv1", "BatchNormalization 'node_bn1' is no scaling of what it reads"),
     ("smooth", "plain", "node_fc", "scales cannot pass Flatten 'node_flat'"),
     ("bound-masks", "transformer", "node_softmax47", "nothing masks its input"),
     ("unfuse", "residual", "node_b1_add", "no slower kernel is made of it"),
