@@ -238,6 +238,10 @@ class Pass(ABC):
         """Smaller choices that may run faster than all that was chosen; the fastest, as measured, is taken."""
         return iter(())
 
+    def sketch(self) -> Pass:
+        """A pass that makes the same kernels sooner, whatever their numbers: for choices that are only timed."""
+        return self
+
     def budget(self) -> Mapping[str, float]:
         """The pass's own budget, by the names that all passes share.
 

@@ -7,7 +7,7 @@ A stage works on a clone; it is kept when it is right, accurate enough and pays,
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from effc import edit
@@ -82,7 +82,8 @@ class PassManager:
         goals = stage.goals or (self.guard.goal,)
         record = StageRecord(attempt.records, goals=goals)
         limit = self._limit(stage)
-        search = Search(self.guard, lambda chosen: self._attempt(stage, before, [chosen]))
+        timed = Stage([step.sketch() for step in stage.passes])
+        search = Search(self.guard, *(lambda chosen, s=s: self._attempt(s, before, [chosen]) for s in (stage, timed)))
         if limit is not None and stage.spends_damage:
             attempt = self._most_damage(stage, before, attempt, limit, search)
             record = StageRecord(attempt.records, goals=goals)
@@ -90,7 +91,10 @@ class PassManager:
             record.status = UNCHANGED
             return attempt, record
         if stage.searchable and goals == ("latency",):  # a variant may miss any other budget
-            variants = list(stage.passes[0].variants(before, attempt.chosen[0], self.context))
+            variants = [
+                *stage.passes[0].variants(before, attempt.chosen[0], self.context),
+                *self._everything(stage, attempt),
+            ]
             attempt = search.quickest(before, attempt, variants)
             record = StageRecord(attempt.records, goals=goals)
         with _Blaming(", ".join(dict.fromkeys(step.name for step in stage.passes))):
@@ -107,6 +111,13 @@ class PassManager:
             for step in record.passes:
                 step.status, step.reason = UNDONE, step.reason or record.reason
         return attempt, record
+
+    def _everything(self, stage: Stage, attempt: Attempt) -> Iterator[list[Proposal]]:
+        """All that a pass without a budget proposed, where some of it was predicted not to pay: measuring tells."""
+        (step,), (offered,) = stage.passes, attempt.offered
+        whole = [] if step.budget().keys() - {"max_drop"} else choose(offered[0], {}, Cost())
+        if len(whole) > len(attempt.chosen[0]):
+            yield whole
 
     def _most_damage(self, stage: Stage, before: Model, attempt: Attempt, limit: float, search: Search) -> Attempt:
         """The stage with as much damage as the limit holds; more than its budget where the pass itself has a limit."""

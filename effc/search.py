@@ -20,10 +20,16 @@ GAIN = 0.98  # a variant must be faster than this share of the plain attempt's t
 
 @dataclass
 class Search:
-    """Tries smaller choices for a stage of one pass; `make` carries the stage out with a given choice."""
+    """Tries other choices for a stage of one pass.
+
+    Attributes:
+        make: carries the stage out with a given choice.
+        sketch: the same for a choice that is only timed (`Pass.sketch`).
+    """
 
     guard: Guard
     make: Callable[[list[Proposal]], Attempt]
+    sketch: Callable[[list[Proposal]], Attempt]
     _weaker: Callable[[int], Attempt] | None = field(default=None, init=False)
 
     def quickest(self, before: Model, attempt: Attempt, variants: Sequence[Sequence[Proposal]]) -> Attempt:
@@ -33,7 +39,7 @@ class Search:
         """
         if not variants or not self.guard.times:
             return attempt
-        tried = {str(number): self.make(list(variant)) for number, variant in enumerate(variants)}
+        tried = {str(number): self.sketch(list(variant)) for number, variant in enumerate(variants)}
         if self.guard.hopeless(before, attempt.model):
             tried = {name: a for name, a in tried.items() if not self.guard.hopeless(before, a.model)}
         if not tried:
@@ -42,7 +48,7 @@ class Search:
         best = min(tried, key=lambda name: measured[name].ratio)
         if not (measured[best].faster and measured[best].ratio < GAIN):
             return attempt
-        chosen = tried[best]
+        chosen = self.make(list(variants[int(best)]))
         text = f"measured faster with this layer in its old form ({measured[best].ratio:.2f}x of the time)"
         _explain(chosen, attempt, text)
         return chosen

@@ -97,8 +97,7 @@ class Int8(Pass):
         if context.calibration is None or not forms:
             return dict.fromkeys(forms)
         if context.precise:
-            quick = replace(self, rounding="balanced")  # a fit for each layer would take long
-            return output_damage(quick, model, forms, context)
+            return output_damage(self.sketch(), model, forms, context)  # a fit for each layer would take long
         bins, _ = self._observed(model, placement, context)
         seen = {n: bins[placement.coded[n.inputs[0]]] for n in forms}
         dynamic = {n for n, form in forms.items() if form == "dynamic"}
@@ -144,6 +143,9 @@ class Int8(Pass):
         ordered = sorted(chosen, key=lambda p: place[p.site])
         if ordered and ordered[0].setting["form"] == "static":
             yield from (ordered[k:] for k in range(1, min(LEADING, len(ordered) - 1) + 1))
+
+    def sketch(self) -> Int8:
+        return replace(self, rounding="balanced")
 
     def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
         if model.opset < OPSET:

@@ -369,6 +369,21 @@ def test_what_is_foretold_not_to_pay_is_left_alone_with_its_figures(model):
     assert forced.status == KEPT
 
 
+@pytest.mark.parametrize(("ratio", "taken"), [(0.9, ["conv1", "fc"]), (1.1, ["fc"])])
+def test_what_is_foretold_not_to_pay_is_measured_beside_the_rest(model, ratios, monkeypatch, ratio, taken):
+    slower = Proposal("conv1", ("node_conv1",), {}, Cost(1, seconds=12.3e-6), Cost(1, seconds=15e-6))
+    quicker = Proposal("fc", ("node_fc",), {}, Cost(1, seconds=12.3e-6), Cost(1, seconds=9e-6))
+    ratios[:] = [0.9]
+
+    def race(self, models):
+        each = dict(zip(models, (1.0, ratio), strict=True))
+        return {name: Latency(1.0, r, r, r - 0.01, r + 0.01, 9, 1, 1) for name, r in each.items()}
+
+    monkeypatch.setattr(Guard, "race", race)
+    stage = run(model, Lossy(scaled("fc.weight", 1.01), proposals=(slower, quicker)), measure=True).stages[0]
+    assert [site for site, _ in stage.passes[0].chosen] == taken and stage.status == KEPT
+
+
 # Prediction
 
 

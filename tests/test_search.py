@@ -90,7 +90,7 @@ def full(told: Told, everything: list[Proposal]) -> tuple[Attempt, StageRecord]:
 
 def within(told: Any, everything: list[Proposal], precise: list[Proposal] | None = None, limit: float = 1.0):
     attempt, failed = full(told, everything)
-    search = Search(told, told.make)
+    search = Search(told, told.make, told.make)
     return search.within(limit, attempt.model, attempt, failed, everything if precise is None else precise)
 
 
@@ -203,7 +203,7 @@ def test_a_variant_is_taken_only_where_it_is_faster_beyond_doubt(ratios, taken):
     attempt, _ = full(told, everything)
     told.ratios = {str(i): r for i, r in enumerate(ratios)}
     variants = [everything[k + 1 :] for k in range(len(ratios))]
-    found = Search(told, told.make).quickest(attempt.model, attempt, variants)
+    found = Search(told, told.make, told.make).quickest(attempt.model, attempt, variants)
     assert told.raced == 1
     if taken is None:
         assert found is attempt
@@ -224,10 +224,10 @@ def test_what_is_foretold_to_be_slower_is_not_raced():
     told.slow = [frozenset({0, 1, 2, 3}), frozenset({1, 2, 3})]
     told.ratios = {"1": (0.5, 0.4, 0.6)}
     variants = [everything[1:], everything[2:]]
-    found = Search(told, told.make).quickest(attempt.model, attempt, variants)
+    found = Search(told, told.make, told.make).quickest(attempt.model, attempt, variants)
     assert told.raced == 1 and [p.setting["rank"] for p in found.chosen[0]] == [2, 3]
     told.slow.append(frozenset({2, 3}))
-    assert Search(told, told.make).quickest(attempt.model, attempt, variants) is attempt
+    assert Search(told, told.make, told.make).quickest(attempt.model, attempt, variants) is attempt
     assert told.raced == 1
 
 
@@ -252,7 +252,7 @@ class Amounts:
     def most(self, limit: float = 1.0, *, upwards: bool = True) -> tuple[float, Attempt]:
         """The damage of the attempt that is found, and that attempt."""
         told: Any = self.told
-        found = Search(told, told.make).most_damage(limit, self.start, 8.0, self.spend, upwards=upwards)
+        found = Search(told, told.make, told.make).most_damage(limit, self.start, 8.0, self.spend, upwards=upwards)
         return self.spent[told.made[id(found.model)]], found
 
 
@@ -299,7 +299,7 @@ def test_where_all_data_say_no_smaller_amounts_are_judged(bound, judged):
     tried = Amounts(lambda amount: 0.5 if amount <= 8 else 2.0)
     told: Any = tried.told
     told.whole = lambda kept: 0.5 if tried.spent[kept] <= bound else 2.0
-    search = Search(told, told.make)
+    search = Search(told, told.make, told.make)
     attempt = search.most_damage(1.0, tried.start, 8.0, tried.spend, upwards=True)
     failed = StageRecord(attempt.records, UNDONE, "accuracy", "too much")
     found, record = search.weaker(1.0, attempt.model, attempt, failed)
@@ -314,7 +314,7 @@ def test_where_all_data_say_no_smaller_amounts_are_judged(bound, judged):
 def test_where_nothing_held_on_the_part_nothing_smaller_is_judged():
     tried = Amounts(lambda amount: 5.0)
     told: Any = tried.told
-    search = Search(told, told.make)
+    search = Search(told, told.make, told.make)
     attempt = search.most_damage(1.0, tried.start, 8.0, tried.spend, upwards=True)
     failed = StageRecord(attempt.records, UNDONE, "accuracy", "too much")
     assert search.weaker(1.0, attempt.model, attempt, failed) == (attempt, failed) and not told.judged
@@ -352,9 +352,9 @@ def test_seconds_decide_the_order_where_latency_is_the_goal_and_all_are_known():
 def test_nothing_is_raced_without_variants_or_without_a_clock():
     told: Any = Told()
     attempt, _ = full(told, proposals([1.0] * 2))
-    assert Search(told, told.make).quickest(attempt.model, attempt, []) is attempt
+    assert Search(told, told.make, told.make).quickest(attempt.model, attempt, []) is attempt
     told.times = False
-    assert Search(told, told.make).quickest(attempt.model, attempt, [[attempt.chosen[0][0]]]) is attempt
+    assert Search(told, told.make, told.make).quickest(attempt.model, attempt, [[attempt.chosen[0][0]]]) is attempt
     assert told.raced == 0
 
 
