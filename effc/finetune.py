@@ -244,10 +244,12 @@ class Finetune:
             return True
         if own is None or before is None:
             return loss < least
-        # Top-1 of so few samples tells states apart to its standard error alone; below that the loss does.
-        peak = max(share for number, (share, _) in enumerate(self.fitted.scores) if self._counts(number))
+        # Top-1 of so few samples tells states apart to its standard error alone; below that the loss does. The state
+        # before training is given up for none that is right less often.
+        counted = {number: share for number, (share, _) in enumerate(self.fitted.scores) if self._counts(number)}
+        peak = max(counted.values())
         doubt = math.sqrt(peak * (1 - peak) / len(self.held_out))
-        return own > before + doubt or (own >= peak - doubt and loss < least)
+        return own > before + doubt or (own >= max(peak - doubt, counted.get(0, 0.0)) and loss < least)
 
     def _counts(self, epoch: int) -> bool:
         """Whether the state after an epoch is one to keep."""
