@@ -27,7 +27,7 @@ from effc.contract import Context, Pass, Progress, Proposal, Skipped, no_progres
 from effc.data import Data, open_data
 from effc.distillation import Loss, ensemble
 from effc.errors import BadInput
-from effc.evaluate import Score, are_probabilities, evaluate
+from effc.evaluate import Score, are_probabilities, class_labels, evaluate
 from effc.finetune import Finetune, Fitted, Wanted, device, torch_threads
 from effc.model import Model, constant_tensor
 from effc.piecewise import By, rewritten, train_parts
@@ -153,7 +153,8 @@ def recover(
         )  # fmt: skip
         fitted = training.run()
     trainer.write_back(view, model)
-    return [_told(fitted, how, len(held_out)), *held, *(_worse(sessions, held_out, fitted, how) if labelled else ())]
+    worse = _worse(sessions, outputs, held_out, fitted) if labelled else ()
+    return [_told(fitted, how, len(held_out)), *held, *worse]
 
 
 @dataclass(frozen=True)
@@ -296,13 +297,22 @@ def _key(model: Model, how: Recover, context: Context) -> str:
     return digest.hexdigest()
 
 
-def _worse(sessions: Sequence[Session], held_out: Data, fitted: Fitted, how: Recover) -> Iterator[str]:
+def _worse(sessions: Sequence[Session], outputs: Sequence[str], held_out: Data, fitted: Fitted) -> Iterator[str]:
     """Says so where no teacher is right as often as the student has become: it held the student back."""
     own = fitted.scores[fitted.best][0]
-    teachers = {str(number): session for number, session in enumerate(sessions)}
-    if own is None or not teachers:
+    if own is None or not sessions:
         return
-    best = max(score.value for score in evaluate(teachers, held_out, reference="0", metric="top1").values())
+    right = [0] * len(sessions)
+    for part in held_out.batches(128):
+        for number, session in enumerate(sessions):
+            made = session.run(part.feeds)
+            there = (made[n] for n in outputs if n in made)
+            scores = next((array for array in there if array.ndim == 2 and array.shape[1] > 1), None)
+            if scores is None:
+                return
+            labels = class_labels(part.labels, scores.shape[1], held_out.name)
+            right[number] += int((scores.argmax(axis=1) == labels).sum())
+    best = max(right) / len(held_out)
     if best < own:
         yield (
             f"the teacher makes {100 * best:.2f} % on the held-out samples, less than the student: train it first with"

@@ -146,9 +146,11 @@ class Search:
 
         def judged(chosen: list[Proposal]) -> tuple[Attempt, StageRecord] | None:
             nonlocal looks
+            if looks == LOOKS:
+                return None
             candidate = self.make(chosen)
             drop = self.guard.drop(candidate.model)
-            if drop is None or drop > limit or looks == LOOKS:
+            if drop is None or drop > limit:
                 return None
             looks += 1
             _explain(candidate, full, f"given up to hold a drop of {limit:g} points")
