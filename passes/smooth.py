@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -162,9 +162,9 @@ def noise(s: np.ndarray, extents: Extents, weight: np.ndarray) -> float:
     return (of_x + float((steps**2).sum()) * float((extents.square / s**2).sum())) / 12
 
 
-def scales(setting: Mapping[str, object], extents: Extents, weight: np.ndarray) -> np.ndarray:
+def scales(setting: Mapping[str, Any], extents: Extents, weight: np.ndarray) -> np.ndarray:
     """s [K], of geometric mean 1; SmoothQuant's equation 4, or its numerator alone."""
-    power = float(setting["power"])  # type: ignore[arg-type]
+    power = float(setting["power"])
     s = _floored(np.maximum(extents.high, -extents.low)) ** power
     if setting["weights"]:
         s = s / _floored(np.abs(weight).max(axis=1)) ** (1 - power)
