@@ -54,6 +54,12 @@ class Torch:
         """
         return self._build(model, expose)
 
+    def compose(self, view: fx.GraphModule) -> None:
+        """Make a view quicker to train, its results and weights as they are; see `_torch_chains`."""
+        from ._torch_chains import compose
+
+        compose(view)
+
     def write_back(self, view: fx.GraphModule, model: Model) -> None:
         """Trained weights and statistics into the model that the view was made of; see `_torch_view.write_back`."""
         self._of.write_back(view, model)

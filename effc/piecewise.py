@@ -155,6 +155,7 @@ def _fit(
     first = next(data.batches(1)).feeds
     alone = part(model, nodes, entries, [model.value(each.end)], {v.name: first[v.name].dtype for v in entries})
     view = trainer.view(alone)
+    trainer.compose(view)
     if keep_zeros:
         hold_zeros(trainer, view, alone)
     for name, weight in trainer.weights(view).items():

@@ -143,6 +143,7 @@ def recover(
     loss = Loss(how.temperature, how.labels if labelled else 0.0, how.features / max(len(features), 1), probabilities)
     with torch_threads(context.threads):
         view = trainer.view(model, expose=features)
+        trainer.compose(view)
         held = hold_zeros(trainer, view, model) if how.keep_zeros else []
         reestimate(view, inputs, rest.shuffled(context.seed), how.batch, how.reestimate)
         training = Finetune(

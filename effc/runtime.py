@@ -195,6 +195,10 @@ class Trainer(Protocol):
         """
         ...
 
+    def compose(self, view: Any) -> None:
+        """Make a view quicker to train, in place: its results, weights and names stay, its modules need not all run."""
+        ...
+
     def weights(self, view: Any) -> Mapping[str, Any]:
         """Initializer -> the framework's tensor that is trained for it, or holds its statistics."""
         ...
