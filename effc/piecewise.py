@@ -24,7 +24,7 @@ from effc.finetune import Finetune, Fitted, torch_threads
 from effc.model import Model, constant_tensor
 from effc.schedule import Schedule
 from effc.walk import Walk, samples
-from effc.zeros import hold_zeros, sparser
+from effc.zeros import LAYERS, hold_zeros, sparser
 
 SAMPLES = 4096  # at most; fewer where they take too much memory (`walk.samples`)
 By = Literal["whole", "block", "layer"]
@@ -62,13 +62,23 @@ def rewritten(model: Model, others: Sequence[Model]) -> list[str]:
     ] if rest else []  # fmt: skip
 
 
+def coded(model: Model) -> set[str]:
+    """What layers make whose weights are decoded from integers."""
+    found = set()
+    for node in model.nodes(*LAYERS):
+        decoder = node.inputs[1].producer() if len(node.inputs) > 1 and node.inputs[1] is not None else None
+        if decoder is not None and decoder.op_type == "DequantizeLinear" and decoder.inputs[0].is_initializer():
+            found |= {value.name for value in node.outputs}
+    return found
+
+
 def parts(model: Model, original: Model, by: By) -> list[Part]:
     """The parts that hold rewritten nodes, in order.
 
     Layers lie between tensors that both models have. Blocks lie between those of them that all paths lead through.
     """
     own, there = made(model), made(original)
-    changed = set(rewritten(model, [original])) | sparser(model, original)
+    changed = set(rewritten(model, [original])) | sparser(model, original) | coded(model)
     common = {name for name, (_, *kind) in own.items() if name in there and there[name][1:] == (*kind,)}
     ends = common if by == "layer" else common & _through(model)
     found = []

@@ -76,6 +76,18 @@ def test_each_part_comes_closer_and_so_do_the_outputs(by):
     assert [n.op_type for n in trained.graph] == [n.op_type for n in split.graph]
 
 
+def test_integer_layers_are_parts_and_come_closer():
+    """Codes rounded to the nearest leave room that training straight through the rounding takes up."""
+    few, recipe = {"source": {"x": X[:512]}}, "fold-batchnorm, int8{rounding=nearest}"
+    coded = optimize(chain(), recipe, few)
+    found = [part.end for part in parts(coded, from_proto(chain()), "block")]
+    assert found == ["b1", "total", "fc"]
+    trained = optimize(chain(), f"{recipe}, recover{{by=block, epochs=15, batch=16, learning_rate=0.0001}}", few)
+    before, after = (apart(chain(), model, found) for model in (coded, trained))
+    assert after["total"] < 0.7 * before["total"]
+    assert after["fc"] < 0.7 * before["fc"]
+
+
 def test_norms_inside_of_a_block_keep_their_statistics():
     trained = optimize(chain(), f"{RECIPE}, recover{{by=block, epochs=30, batch=16, learning_rate=0.003}}")
     original = from_proto(chain())
