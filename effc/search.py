@@ -35,23 +35,34 @@ class Search:
     def quickest(self, before: Model, attempt: Attempt, variants: Sequence[Sequence[Proposal]]) -> Attempt:
         """The attempt, or that of the variants which is measured to be faster beyond doubt.
 
-        Where the attempt is foretold to be slower than the model before, so may all variants be: then none is measured.
+        Where nothing is timed, predictions of the whole models decide, if they rest on measured kernels. Where the
+        attempt is foretold to be slower than the model before, so may all variants be: then none is looked at.
         """
-        if not variants or not self.guard.times:
+        if not variants:
             return attempt
         tried = {str(number): self.sketch(list(variant)) for number, variant in enumerate(variants)}
         if self.guard.hopeless(before, attempt.model):
             tried = {name: a for name, a in tried.items() if not self.guard.hopeless(before, a.model)}
-        if not tried:
+        ratios = self._measured(attempt, tried) if self.guard.times else self._predicted(attempt, tried)
+        if not ratios or min(ratios.values()) >= GAIN:
             return attempt
+        best = min(ratios, key=ratios.__getitem__)
+        chosen = self.make(list(variants[int(best)]))
+        how = "measured" if self.guard.times else "predicted to be"
+        _explain(chosen, attempt, f"{how} faster with this layer in its old form ({ratios[best]:.2f}x of the time)")
+        return chosen
+
+    def _measured(self, attempt: Attempt, tried: Mapping[str, Attempt]) -> dict[str, float]:
+        """The fastest one's share of the attempt's time, if that is beyond doubt."""
+        if not tried:
+            return {}
         measured = self.guard.race({"all": attempt.model, **{name: a.model for name, a in tried.items()}})
         best = min(tried, key=lambda name: measured[name].ratio)
-        if not (measured[best].faster and measured[best].ratio < GAIN):
-            return attempt
-        chosen = self.make(list(variants[int(best)]))
-        text = f"measured faster with this layer in its old form ({measured[best].ratio:.2f}x of the time)"
-        _explain(chosen, attempt, text)
-        return chosen
+        return {best: measured[best].ratio} if measured[best].faster else {}
+
+    def _predicted(self, attempt: Attempt, tried: Mapping[str, Attempt]) -> dict[str, float]:
+        found = {name: self.guard.predicted(attempt.model, a.model) for name, a in tried.items()}
+        return {name: p.ratio for name, p in found.items() if p is not None and p.measured}
 
     def most_damage(
         self, limit: float, start: Attempt, amount: float, spend: Callable[[float], Attempt], *, upwards: bool

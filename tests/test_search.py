@@ -10,9 +10,10 @@ from effc.capture import from_proto
 from effc.contract import Proposal
 from effc.cost import Cost
 from effc.guard import Guard
-from effc.history import KEPT, UNDONE, NodeRecord, PassRecord, StageRecord
+from effc.history import KEPT, UNDONE, NodeRecord, PassRecord, Predicted, StageRecord
 from effc.measure import Latency
 from effc.model import Model
+from effc.predict import MEASURED
 from effc.search import FARTHEST, GAIN, LOOKS, Search
 from effc.stages import Attempt
 from tests import networks
@@ -42,10 +43,16 @@ class Told:
         self.everything: list[Proposal] = []
         self.raced = 0
         self.error = 0.0
+        self.foretold: dict[frozenset[int], float] = {}
+        self.basis = MEASURED
         self.slow: list[frozenset[int]] = []  # what is foretold to be slower than before
 
     def hopeless(self, before: Model, after: Model) -> bool:
         return self.made[id(after)] in self.slow
+
+    def predicted(self, before: Model, after: Model) -> Predicted | None:
+        ratio = self.foretold.get(self.made[id(after)])
+        return None if ratio is None else Predicted(1.0, ratio, ratio, 0.01, self.basis)
 
     def make(self, chosen: list[Proposal]) -> Attempt:
         model = from_proto(networks.mlp())
@@ -358,7 +365,31 @@ def test_nothing_is_raced_without_variants_or_without_a_clock():
     assert told.raced == 0
 
 
+@pytest.mark.parametrize(
+    ("ratios", "basis", "taken"),
+    [
+        ((0.9, 0.95), MEASURED, [1, 2, 3]),
+        ((0.95, 0.9), MEASURED, [2, 3]),
+        ((GAIN, 1.1), MEASURED, None),
+        ((0.9, 0.8), "roofline", None),  # a lower bound, which says little about ratios
+        ((None, None), MEASURED, None),
+    ],
+)
+def test_without_a_clock_predictions_of_the_whole_decide(ratios, basis, taken):
+    told: Any = Told()
+    everything = proposals([1.0] * 4)
+    attempt, _ = full(told, everything)
+    told.times, told.basis = False, basis
+    told.foretold = dict(zip((frozenset({1, 2, 3}), frozenset({2, 3})), ratios, strict=True))
+    found = Search(told, told.make, told.make).quickest(attempt.model, attempt, [everything[1:], everything[2:]])
+    assert told.raced == 0 and (found is attempt) == (taken is None)
+    if taken is not None:
+        assert [p.setting["rank"] for p in found.chosen[0]] == taken
+        reason = f"predicted to be faster with this layer in its old form ({min(ratios):.2f}x of the time)"
+        assert found.records[0].ledger[0].reason == reason
+
+
 def test_the_stand_in_has_what_a_guard_has():
-    for name in ("times", "choosing_samples", "drop", "drop_error", "judge", "race", "hopeless"):
+    for name in ("times", "choosing_samples", "drop", "drop_error", "judge", "race", "hopeless", "predicted"):
         assert hasattr(Guard, name) and hasattr(Told, name)
     assert {"chosen_on_part", "goal"} <= Guard.__dataclass_fields__.keys()
