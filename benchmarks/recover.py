@@ -44,7 +44,6 @@ DEPTHS = {"resnet20": 3, "resnet56": 9}
 SHARES = (0.5, 0.33)
 BATCH, STEPS = 128, 20
 FEW = 350  # images to learn from
-CHAINS = "method=separable"  # auto takes depthwise chains by multiply-accumulates: three times as long to train
 TAUGHT = {"labels": 0.3, "temperature": 4.0, "features": 0.0, "augment": "flip-shift"}
 UNTAUGHT = {"labels": 0.0, "temperature": 4.0, "features": 0.0, "augment": "flip", "epochs": 2, "learning_rate": 0.003}
 QAT = "epochs=8, batch=32, learning_rate=0.001, augment=flip, labels=0, temperature=1, frozen_norms=true"
@@ -133,7 +132,7 @@ class Bench(Marks):
             points = self._points(fair)
             for share in SHARES:
                 split = effc.optimize(
-                    original, f"low-rank{{macs={share}, {CHAINS}}}",
+                    original, f"low-rank{{macs={share}}}",
                     calibrate=f"{data_file('cifar10-train')}{{limit=512}}", measure=False, force=True,
                     threads=self.threads,
                 ).model  # fmt: skip

@@ -91,10 +91,9 @@ class PassManager:
             record.status = UNCHANGED
             return attempt, record
         if stage.searchable and goals == ("latency",):  # a variant may miss any other budget
-            variants = [
-                *stage.passes[0].variants(before, attempt.chosen[0], self.context),
-                *self._everything(stage, attempt),
-            ]
+            variants = [*self._everything(stage, attempt)]
+            if self.guard.times:  # what a pass is in doubt of, predictions are too
+                variants = [*stage.passes[0].variants(before, attempt.chosen[0], self.context), *variants]
             attempt = search.quickest(before, attempt, variants)
             record = StageRecord(attempt.records, goals=goals)
         with _Blaming(", ".join(dict.fromkeys(step.name for step in stage.passes))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,6 +13,7 @@ from effc.contract import Context, Proposal
 from effc.evaluate import evaluate
 from effc.layers import constant_weight, output_axis
 from effc.model import Model
+from effc.placement import Placement
 from effc.quantize import Affine, quantize_weight
 from effc.statistics import Bins
 
@@ -44,11 +46,14 @@ def local_damage(inputs: Mapping[ir.Node, tuple[Affine, Bins]], bits: int) -> di
     return damages
 
 
-def output_damage(step: Int8, model: Model, forms: Mapping[ir.Node, str], context: Context) -> dict[ir.Node, float]:
+def output_damage(
+    step: Int8, model: Model, forms: Mapping[ir.Node, str], placement: Placement, context: Context
+) -> dict[ir.Node, float]:
     """Rise of the output divergence with one layer quantised at a time, in nats a sample, on calibration data.
 
     Args:
         forms: the layers, and whether each is quantised "static" or "dynamic".
+        placement: of all of them together.
     """
     nodes = list(forms)
     data = context.calibration.first(SAMPLES).for_model(model)
@@ -60,7 +65,9 @@ def output_damage(step: Int8, model: Model, forms: Mapping[ir.Node, str], contex
         sessions = {"original": reference}
         for node in group:
             alone = model.clone()
-            step.rewrite(alone, [Proposal(node.name, (node.name,), {"form": forms[node]})], context)
+            begins = node.inputs[0] not in placement.made  # integers, with all layers in them as well
+            proposal = Proposal(node.name, (node.name,), {"form": forms[node]})
+            replace(step, split=step.split and begins).rewrite(alone, [proposal], context)
             sessions[node.name] = context.backend.session(alone, threads=context.threads)
         scores = evaluate(sessions, data, batch=model.batch, reference="original", metric=None)
         damages.update({node: scores[node.name].damage for node in group})

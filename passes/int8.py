@@ -31,6 +31,7 @@ from ._integer_costs import layer_costs, sides
 from ._integer_fit import Fit
 from ._integer_graph import Lowering
 from ._sensitivity import local_damage, output_damage
+from ._split_ranges import split_ranges
 
 LEADING = 3  # layers at the start that may stay in float for speed
 OPSET = 13  # the first with scales along an axis
@@ -65,6 +66,13 @@ class Int8(Pass):
     bias_correction: Annotated[
         bool, Field(description="take the shift of the mean output that rounding causes off the bias")
     ] = True
+    split: Annotated[
+        bool,
+        Field(
+            description="where integers begin at a tensor whose codes would drown what a layer makes of it, "
+            "let it have two halves of its range: one bit more, for twice that layer's products"
+        ),
+    ] = True
     keep_float: Annotated[tuple[str, ...], Field(description="names or patterns (*) of layers to leave in float")] = ()
     size: Annotated[float | None, Field(gt=0, le=1, description="share of weight bytes to keep at most")] = None
     max_drop: Annotated[
@@ -97,7 +105,8 @@ class Int8(Pass):
         if context.calibration is None or not forms:
             return dict.fromkeys(forms)
         if context.precise:
-            return output_damage(self.sketch(), model, forms, context)  # a fit for each layer would take long
+            quick = self.sketch()  # a fit for each layer would take long
+            return output_damage(quick, model, forms, placement, context)
         bins, _ = self._observed(model, placement, context)
         seen = {n: bins[placement.coded[n.inputs[0]]] for n in forms}
         dynamic = {n for n, form in forms.items() if form == "dynamic"}
@@ -153,6 +162,8 @@ class Int8(Pass):
             lift_opset(model, OPSET)
             context.still_hold(before, model)
         static = [p.site for p in chosen if p.setting["form"] == "static"]
+        if static and self.split and not context.target.integer.signed:
+            self._split(model, static, context)
         lowering = Lowering(
             model,
             _bits(context),
@@ -170,6 +181,13 @@ class Int8(Pass):
         dynamic = [model.node(p.site) for p in chosen if p.setting["form"] == "dynamic"]
         for node in dynamic:
             lowering.dynamic(node)
+
+    def _split(self, model: Model, static: Sequence[str], context: Context) -> None:
+        placement = plan(model, static, context.target.integer)
+        bins, _ = self._observed(model, placement, context)
+        names = split_ranges(model, placement, {v: self._affine(b, context) for v, b in bins.items()}, context)
+        if names:
+            context.say(f"{', '.join(names)} in two halves of the range, for one bit more")
 
     def _fit(self, model: Model, context: Context) -> Fit | None:
         if self.rounding != "gptq":
