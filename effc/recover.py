@@ -329,4 +329,6 @@ def _told(fitted: Fitted, how: Recover, samples: int) -> str:
         f"{fitted.best}"
     )
     ended = f"; {fitted.ended}: the best state so far was kept" if fitted.ended else f" of {how.epochs}"
+    if not fitted.best and len(fitted.scores) > 1:
+        ended += "; samples that the model knows from an earlier training flatter it as it was: new ones judge better"
     return said + ended

@@ -113,6 +113,15 @@ def test_a_model_that_is_its_own_teacher_stays_as_it_is(digits):
     assert found.history.stages[0].status == UNCHANGED
 
 
+def test_where_nothing_was_better_it_says_what_may_have_hidden_it(digits):
+    """Own outputs cannot be bettered; a network that has much to learn is told nothing of the kind."""
+    how = Recover(epochs=2, batch=32, labels=0.0)
+    (told,) = train(digits, how, data=samples(0, 900)).notes
+    assert "best after epoch 0 of 2; samples that the model knows from an earlier training flatter it" in told
+    (told,) = train(optimize(digits, "low-rank{macs=0.2}").model, how, data=samples(0, 900), teachers=[digits]).notes
+    assert "flatter" not in told
+
+
 def test_alone_it_is_judged_by_accuracy(digits):
     """Trained on labels that are all wrong, it is undone; on right ones it is kept, though it saves nothing."""
     wrong = {"source": lambda: iter([{"x": X[:900], "y": (Y[:900] + 1) % 10}]), "labels": "y"}
