@@ -34,7 +34,7 @@ OPTIONS: dict[str, list[str]] = {
         "int8{activations=static}",
         "int8{calibrator=percentile, percentile=99.5}",
         "int8{calibrator=entropy, rounding=nearest, bias_correction=false, size=0.5}",
-        "int8{rounding=balanced, asymmetric=false}",
+        "int8{rounding=balanced, asymmetric=false, split=false}",
         "int8{keep_float=[conv1, 'block [0-9]*', \"a, b\"], max_drop=0.25}",
     ],
     "low-rank": [
