@@ -289,6 +289,8 @@ class Finetune:
             return 0
         try:
             content = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
+        except OSError as error:  # it may be a good one: no word of removing it
+            raise BadInput(f"the checkpoint {self.checkpoint} cannot be read: {error.strerror}") from error
         except Exception as error:  # unpickling raises whatever the bytes make it raise
             raise BadInput(f"{self.checkpoint} is no checkpoint of effc: {type(error).__name__}; remove it") from error
         if not isinstance(content, dict) or content.get("key") != self.key:

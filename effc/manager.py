@@ -112,7 +112,7 @@ class PassManager:
         return attempt, record
 
     def _everything(self, stage: Stage, attempt: Attempt) -> Iterator[list[Proposal]]:
-        """All that a pass without a budget proposed, where some of it was predicted not to pay: measuring tells."""
+        """All that a pass without a budget proposed, where some of it was predicted not to pay: the whole may."""
         (step,), (offered,) = stage.passes, attempt.offered
         whole = [] if step.budget().keys() - {"max_drop"} else choose(offered[0], {}, Cost())
         if len(whole) > len(attempt.chosen[0]):

@@ -198,6 +198,13 @@ def test_a_checkpoint_of_another_run_is_refused(stored, tmp_path):
         finetune(View(), stored, schedule, checkpoint=tmp_path / "d", key="b").run()
 
 
+def test_a_checkpoint_that_cannot_be_read_is_not_called_bad(stored, tmp_path):
+    """A folder in its place: opening it fails, and nobody is told to remove what may be a good file."""
+    with pytest.raises(BadInput, match="cannot be read: Is a directory") as found:
+        finetune(View(), stored, Schedule(epochs=1, batch=16), checkpoint=tmp_path, key="a").run()
+    assert "remove" not in str(found.value)
+
+
 def test_a_checkpoint_that_cannot_be_written_is_refused_before_training(stored, tmp_path):
     run = finetune(View(), stored, Schedule(epochs=1, batch=16), checkpoint=tmp_path / "none" / "c", key="a")
     with pytest.raises(BadInput, match=r"the checkpoint .* cannot be written: No such file or directory"):

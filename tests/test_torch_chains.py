@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+import effc
+from effc.registry import trainer
+
 torch = pytest.importorskip("torch")
-
-import effc  # noqa: E402
-from effc.backends._torch_chains import compose, convolved  # noqa: E402
-from effc.registry import trainer  # noqa: E402
-
+chains = pytest.importorskip("effc.backends._torch_chains")  # it imports torch
+compose, convolved = chains.compose, chains.convolved
 nn = torch.nn
 
 CLOSE = 1e-5  # of the largest number: sums of float32 in another order
