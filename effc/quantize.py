@@ -29,6 +29,12 @@ class Affine:
     def high(self) -> float:
         return float(self.scale) * (np.iinfo(self.zero.dtype).max - int(self.zero))
 
+    def decoded(self, values: np.ndarray) -> np.ndarray:
+        """What is left of values that go through codes."""
+        bounds, zero = np.iinfo(self.zero.dtype), np.float32(self.zero)
+        codes = np.rint(values / self.scale) + zero
+        return (np.clip(codes, bounds.min, bounds.max) - zero) * self.scale
+
 
 def affine(low: float, high: float, *, signed: bool = False) -> Affine:
     """Parameters that cover [low, high] and hold zero exactly."""

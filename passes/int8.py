@@ -30,6 +30,7 @@ from ._dynamic import dynamic_layers
 from ._integer_costs import layer_costs, sides
 from ._integer_fit import Fit
 from ._integer_graph import Lowering
+from ._output_ranges import output_ranges
 from ._sensitivity import local_damage, output_damage
 from ._split_ranges import split_ranges
 
@@ -44,7 +45,8 @@ class Int8(Pass):
     name: ClassVar[str] = "int8"
 
     calibrator: Annotated[
-        Literal["minmax", "percentile", "entropy", "mse"], Field(description="how activation ranges are chosen")
+        Literal["minmax", "percentile", "entropy", "mse", "output"],
+        Field(description="how activation ranges are chosen; output: by the error of what layers make of the codes"),
     ] = "mse"
     percentile: Annotated[
         float, Field(gt=50, le=100, description="share of values, in percent, that percentile keeps")
@@ -177,6 +179,8 @@ class Int8(Pass):
             placement = plan(model, static, context.target.integer)
             bins, means = self._observed(model, placement, context)
             ranges = {v: self._affine(b, context) for v, b in bins.items()}
+            if self.calibrator == "output":
+                ranges = output_ranges(model, placement, ranges, bins, context, corrected=self.bias_correction)
             lowering.static(placement, ranges, means)
         dynamic = [model.node(p.site) for p in chosen if p.setting["form"] == "dynamic"]
         for node in dynamic:
@@ -208,7 +212,8 @@ class Int8(Pass):
 
     def _affine(self, bins: Bins, context: Context) -> Affine:
         signed = context.target.integer.signed
-        return affine(*choose_range(bins, self.calibrator, self.percentile, signed=signed), signed=signed)
+        calibrator = "mse" if self.calibrator == "output" else self.calibrator
+        return affine(*choose_range(bins, calibrator, self.percentile, signed=signed), signed=signed)
 
 
 def _bits(context: Context) -> int:

@@ -555,7 +555,7 @@ def test_passes_are_listed_with_their_options(command):
     for name in ("simplify", "fold-batchnorm", "int8", "repeat"):
         assert re.search(rf"^\W*{name}\W+(exact|lossy)", said.out, re.MULTILINE)
     said = command("passes", "int8")
-    assert re.search(r"calibrator\W+minmax, percentile, entropy, mse\W+mse", said.out)
+    assert re.search(r"calibrator\W+minmax, percentile, entropy, mse, output\W+mse", said.out)
     refused(command("passes", "int9"), "unknown pass 'int9'")
 
 
