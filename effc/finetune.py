@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -99,6 +100,7 @@ class Finetune:
             if schedule.optimizer == "sgd"
             else torch.optim.AdamW(self._groups(), lr=rate)
         )
+        began = time.monotonic()
         start, steps = self._resumed(optimizer), sum(1 for _ in self._sizes())
         if self.shrinkage is not None:
             self.shrinkage.resume(start / max(schedule.epochs, 1))
@@ -113,13 +115,21 @@ class Finetune:
                 break
             self._judge()
             self._save(epoch + 1, optimizer)
-            late = schedule.patience is not None and epoch + 1 - self.fitted.best >= schedule.patience
-            if late and self._counts(epoch + 1) and epoch + 1 < schedule.epochs:
-                self.fitted.ended = f"no better state in {schedule.patience} epochs"
+            if epoch + 1 < schedule.epochs and (why := self._enough(epoch + 1, time.monotonic() - began)) is not None:
+                self.fitted.ended = why
                 break
         view.load_state_dict(self._best)
         view.eval().to("cpu", memory_format=torch.contiguous_format)
         return self.fitted
+
+    def _enough(self, epoch: int, seconds: float) -> str | None:
+        """Why no epoch follows this one, or None."""
+        schedule = self.schedule
+        if schedule.patience is not None and epoch - self.fitted.best >= schedule.patience and self._counts(epoch):
+            return f"no better state in {schedule.patience} epochs"
+        if schedule.seconds is not None and seconds >= schedule.seconds:
+            return f"after epoch {epoch} the {schedule.seconds:g} seconds were over"
+        return None
 
     def _groups(self) -> list[dict[str, Any]]:
         trained = [p for p in self.view.parameters() if p.requires_grad]

@@ -8,6 +8,7 @@ place of regression; block by block: Li et al., "BRECQ", ICLR 2021, section 3.2)
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -132,10 +133,15 @@ def train_parts(
     here = Walk(model, context.backend, feeds, threads=context.threads, keep=keep)
     there = Walk(original, context.backend, feeds, threads=context.threads, keep={each.end for each in planned})
     advance = context.progress(f"training {by} by {by}", len(planned))
-    schedule = replace(schedule, frozen_norms=True)  # too few samples for statistics
+    began, seconds = time.monotonic(), schedule.seconds
+    schedule = replace(schedule, frozen_norms=True, seconds=None)  # too few samples for statistics
     fitted: list[Fitted] = []
-    count = 0
+    count, late = 0, []
     for number, each in enumerate(planned):
+        if seconds is not None and fitted and time.monotonic() - began >= seconds:
+            left = f"{len(planned) - number} of {len(planned)} {by}s"
+            late = [f"recover: {left} stayed: the {seconds:g} seconds were over"]
+            break
         inputs, target = here.to(*each.entries), there.to(each.end)
         data = _data([{**read, _TARGET: wanted[each.end]} for read, wanted in zip(inputs, target, strict=True)])
         count = len(data)
@@ -145,7 +151,7 @@ def train_parts(
         for name in set(each.entries).difference(*(later.entries for later in planned[number + 1 :])):
             here.release(name)
         advance(1)
-    return [_told(fitted, by, count)]
+    return [_told(fitted, by, count), *late]
 
 
 _TARGET = "target of the part"

@@ -78,6 +78,9 @@ class Recover(Pass):
     patience: Annotated[
         int | None, Field(ge=1, description="epochs without a better state, after which it ends; None: never")
     ] = None
+    seconds: Annotated[
+        float | None, Field(gt=0, description="after which no epoch begins, or no further part; None: all of them do")
+    ] = None
     validation: Annotated[
         float, Field(gt=0, le=0.5, description="share of the training data held out to judge epochs, of 2048 at most")
     ] = 0.1

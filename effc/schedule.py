@@ -27,6 +27,7 @@ class Schedule:
         warmup: epochs over which it rises from 0.
         clip: largest norm of all gradients together.
         patience: epochs without a better state after which training ends; None: never.
+        seconds: after which no epoch begins; None: all of them do.
         augment: what is done to images: mirrored, shifted by up to an eighth of their size, or both.
         frozen_norms: batch norms keep their statistics.
         precision: of a step's products (Micikevicius et al. 2018; weights, losses and what judges epochs stay float32);
@@ -42,6 +43,7 @@ class Schedule:
     warmup: float = 0.0
     clip: float = 5.0
     patience: int | None = None
+    seconds: float | None = None
     augment: Augment = "none"
     frozen_norms: bool = False
     precision: Precision = "auto"

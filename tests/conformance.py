@@ -71,14 +71,14 @@ OPTIONS: dict[str, list[str]] = {
     "recover": [
         "recover{epochs=3, learning_rate=0.1, batch=8, labels=0.5, temperature=2, features=0.5, mean=geometric}",
         "recover{momentum=0.5, weight_decay=0.001, warmup=1, clip=1, patience=2, validation=0.25, augment=flip}",
-        "recover{frozen_norms=true, keep_zeros=false, reestimate=4, device=cpu, checkpoint=a.pt}",
+        "recover{frozen_norms=true, keep_zeros=false, reestimate=4, device=cpu, checkpoint=a.pt, seconds=1000}",
         "recover{by=block, optimizer=sgd, precision=bfloat16}",
     ],
     "group-lasso": [
         "group-lasso{sparsity=0.7, groups=channels, epochs=3, learning_rate=0.1, batch=8, labels=0.5, temperature=2}",
         "group-lasso{features=0.5, mean=geometric, momentum=0.5, weight_decay=0.001, warmup=1, clip=1, patience=2}",
         "group-lasso{validation=0.25, augment=flip, frozen_norms=true, keep_zeros=false, reestimate=4, device=cpu}",
-        "group-lasso{optimizer=sgd, checkpoint=a.pt, precision=bfloat16}",
+        "group-lasso{optimizer=sgd, checkpoint=a.pt, seconds=1000, precision=bfloat16}",
     ],
 }
 

@@ -218,6 +218,12 @@ def test_patience(stored):
     assert fitted.ended == "no better state in 3 epochs" and len(fitted.losses) == fitted.best + 3
 
 
+def test_no_epoch_begins_when_the_seconds_are_over(stored):
+    fitted = finetune(View(norm=False), stored, Schedule(epochs=5, batch=16, seconds=1e-6)).run()
+    assert fitted.ended == "after epoch 1 the 1e-06 seconds were over" and len(fitted.losses) == 1
+    assert finetune(View(norm=False), stored, Schedule(epochs=1, batch=16, seconds=1e-6)).run().ended is None
+
+
 @pytest.mark.parametrize("rate", [1e6, 1e30])
 def test_a_loss_that_explodes_ends_training_and_the_best_state_stays(stored, rate):
     view = View(norm=False)

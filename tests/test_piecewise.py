@@ -88,6 +88,19 @@ def test_integer_layers_are_parts_and_come_closer():
     assert after["fc"] < 0.7 * before["fc"]
 
 
+def test_parts_that_seconds_do_not_suffice_for_stay():
+    """The first of the layers is trained; the others have the weights that they had."""
+    split, few = optimize(chain(), RECIPE), {"source": {"x": X[:128]}}
+    first, *others = parts(split, from_proto(chain()), "layer")
+    step = "recover{by=layer, epochs=10, batch=16, learning_rate=0.003, seconds=1e-6}"
+    found = api.optimize(split, step, train=few, teachers=[chain()], measure=False, force=True)
+    notes = found.history.passes[0].notes
+    assert notes[-1] == f"recover: {len(others)} of {len(others) + 1} layers stayed: the 1e-06 seconds were over"
+    before, after = ({n: v.const_value.numpy() for n, v in m.graph.initializers.items()} for m in (split, found.model))
+    changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
+    assert changed and all(name.startswith(f"node_{first.end}") for name in changed), changed
+
+
 def test_norms_inside_of_a_block_keep_their_statistics():
     trained = optimize(chain(), f"{RECIPE}, recover{{by=block, epochs=30, batch=16, learning_rate=0.003}}")
     original = from_proto(chain())
