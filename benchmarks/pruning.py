@@ -6,9 +6,9 @@ Needs networks and data in $EFFC_DATA. `exact`: units that can be removed of eve
 them removed against outputs with nothing reading them. `saliencies`: half of the multiply-accumulates, unit by each
 saliency, with and without fitting what stays. `latency`: what is left of latency and accuracy by predicted speed-ups.
 `integers`: pruned for the kernels of int8. `recovery`: pruned, then trained on the 25,000 training images, with the
-original trained on their labels for as many epochs beside it and as its teacher; `deployed`: the same, pruned for the
-kernels of int8 and lowered to them behind the training. `lasso`: groups that training brings to zero, taps and
-channels, half of them, then removed and trained on; beside groups chosen without training at as many
+original trained on their labels for as many epochs beside it, and for six at most as its teacher; `deployed`: the same,
+pruned for the kernels of int8 and lowered to them behind the training. `lasso`: groups that training brings to zero,
+taps and channels, half of them, then removed and trained on; beside groups chosen without training at as many
 multiply-accumulates, trained for as many epochs, and the original trained alike. `peers`: half of the
 multiply-accumulates by effc and by Torch-Pruning 1.6 (where that is there: pip install --no-deps torch-pruning),
 latencies in one run. The last four need the package torch.
@@ -130,13 +130,15 @@ class Bench(Marks):
 
     def recovery(self) -> None:
         """The pruned network trained, and the original trained with labels for as many epochs; batch norms are live."""
-        from recover import lowered
+        from recover import TEACHING, lowered
 
         print("\n| network | MACs | before | trained | seconds | original, trained as long |")
         print("| --- | --- | --- | --- | --- | --- |")
         for network in self.networks:
             original = live(network)
-            tuned, fair = self._tuned(network, original)
+            tuned, fair = self._tuned(network, original, min(TEACHING, self.epochs))
+            if self.epochs > TEACHING:
+                fair = self._tuned(network, original, self.epochs)[1]
             for share in (0.5, 0.33):
                 pruned, _ = self._forced(network, f"prune-channels{{macs={share}}}", original)
                 before = self._score(network, {"pruned": pruned}, original)["pruned"].points
@@ -147,13 +149,15 @@ class Bench(Marks):
 
     def deployed(self) -> None:
         """Pruned for int8, trained, lowered, against the float original trained as long and the original as it is."""
-        from recover import DEPTHS, captured, hand_written, lowered
+        from recover import DEPTHS, TEACHING, captured, hand_written, lowered
 
         print("\n| network | predicted | MACs | top-1 | original, trained as long | latency, batch 1 | batch 32 |")
         print("| --- | --- | --- | --- | --- | --- | --- |")
         for network in filter(DEPTHS.__contains__, self.networks):
             original = captured(hand_written(network))
-            tuned, fair = self._tuned(network, original)
+            tuned, fair = self._tuned(network, original, min(TEACHING, self.epochs))
+            if self.epochs > TEACHING:
+                fair = self._tuned(network, original, self.epochs)[1]
             for speedup in FOR_INTEGERS:
                 recipe = f"prune-channels{{speedup={speedup}}}, {self._training()}, simplify, fold-batchnorm, int8"
                 model, _ = self._made(original, recipe, data_file("cifar10-train"), lowered(tuned))
@@ -168,14 +172,14 @@ class Bench(Marks):
                     self.at_most(f"{network}, pruned, trained, int8: latency", ratios[0], 0.36)
                     self.at_least(f"{network}, pruned, trained, int8: points against the fair", points - fair, 0)
 
-    def _tuned(self, network: str, original: Model) -> tuple[Model, float]:
+    def _tuned(self, network: str, original: Model, epochs: int) -> tuple[Model, float]:
         """The original trained with labels alone, and its top-1."""
-        alone = self._training("labels=1")
+        alone = self._training("labels=1", epochs)
         tuned, _ = self._made(original, alone, data_file("cifar10-train"), original)
         return tuned, self._score(network, {"m": tuned}, original)["m"].points
 
-    def _training(self, how: str = TAUGHT) -> str:
-        return f"recover{{epochs={self.epochs}, {how}, {RATE}, precision={self.precision}}}"
+    def _training(self, how: str = TAUGHT, epochs: int | None = None) -> str:
+        return f"recover{{epochs={epochs or self.epochs}, {how}, {RATE}, precision={self.precision}}}"
 
     def peers(self) -> None:
         """Half of the multiply-accumulates, no training: Torch-Pruning beside effc, on the same images and network."""
