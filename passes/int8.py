@@ -26,6 +26,7 @@ from effc.quantize import Affine, affine, choose_range
 from effc.statistics import Bins, Histogram, Mean
 from effc.target import IntegerKernels
 
+from ._centred_ranges import centre_ranges
 from ._dynamic import dynamic_layers
 from ._integer_costs import layer_costs, sides
 from ._integer_fit import Fit
@@ -71,8 +72,9 @@ class Int8(Pass):
     split: Annotated[
         bool,
         Field(
-            description="where integers begin at a tensor whose codes would drown what a layer makes of it, "
-            "let it have two halves of its range: one bit more, for twice that layer's products"
+            description="one bit more: where integers begin at a tensor whose codes would drown what a layer makes of "
+            "it, by two halves of its range, for twice that layer's products; with signed codes, for nothing, where a "
+            "tensor from zero to a bound can be moved to lie around zero"
         ),
     ] = True
     keep_float: Annotated[tuple[str, ...], Field(description="names or patterns (*) of layers to leave in float")] = ()
@@ -164,8 +166,8 @@ class Int8(Pass):
             lift_opset(model, OPSET)
             context.still_hold(before, model)
         static = [p.site for p in chosen if p.setting["form"] == "static"]
-        if static and self.split and not context.target.integer.signed:
-            self._split(model, static, context)
+        if static and self.split:
+            self._refine(model, static, context)
         lowering = Lowering(
             model,
             _bits(context),
@@ -186,12 +188,17 @@ class Int8(Pass):
         for node in dynamic:
             lowering.dynamic(node)
 
-    def _split(self, model: Model, static: Sequence[str], context: Context) -> None:
+    def _refine(self, model: Model, static: Sequence[str], context: Context) -> None:
+        """Give tensors one bit more where that can be had, in the float model."""
         placement = plan(model, static, context.target.integer)
         bins, _ = self._observed(model, placement, context)
-        names = split_ranges(model, placement, {v: self._affine(b, context) for v, b in bins.items()}, context)
+        ranges = {v: self._affine(b, context) for v, b in bins.items()}
+        if context.target.integer.signed:
+            names, how = centre_ranges(model, placement, ranges), "moved to lie around zero"
+        else:
+            names, how = split_ranges(model, placement, ranges, context), "in two halves of the range"
         if names:
-            context.say(f"{', '.join(names)} in two halves of the range, for one bit more")
+            context.say(f"{', '.join(names)} {how}, for one bit more")
 
     def _fit(self, model: Model, context: Context) -> Fit | None:
         if self.rounding != "gptq":
