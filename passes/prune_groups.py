@@ -38,7 +38,10 @@ from ._split_damage import USUAL, sensitivity, worth
 from ._weight_saliency import curvature
 
 SAMPLES, BATCHES = 512, 2  # to fit to; batches of them to measure damage on
-SHARES = {"channels": (0.75, 0.625, 0.5, 0.375, 0.25), "taps": (0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05)}  # kept
+SHARES = {  # kept
+    "channels": (0.75, 0.625, 0.5, 0.375, 0.25),
+    "taps": (0.4, 0.3, 0.2, 0.15, 0.1, 0.07, 0.05, 0.035, 0.025),
+}
 STEP = 8  # channels are kept in multiples of it
 
 
