@@ -158,7 +158,7 @@ class Int8(Pass):
             yield from (ordered[k:] for k in range(1, min(LEADING, len(ordered) - 1) + 1))
 
     def sketch(self) -> Int8:
-        return replace(self, rounding="balanced")
+        return replace(self, rounding="balanced", calibrator=self._from_histograms)
 
     def rewrite(self, model: Model, chosen: Sequence[Proposal], context: Context) -> None:
         if model.opset < OPSET:
@@ -217,10 +217,14 @@ class Int8(Pass):
         found = context.statistics(model, [*histograms.values(), *means.values()])
         return {v: found[r] for v, r in histograms.items()}, {n: found[r] for n, r in means.items()}
 
+    @property
+    def _from_histograms(self) -> str:
+        """The calibrator that asks no layer."""
+        return "mse" if self.calibrator == "output" else self.calibrator
+
     def _affine(self, bins: Bins, context: Context) -> Affine:
         signed = context.target.integer.signed
-        calibrator = "mse" if self.calibrator == "output" else self.calibrator
-        return affine(*choose_range(bins, calibrator, self.percentile, signed=signed), signed=signed)
+        return affine(*choose_range(bins, self._from_histograms, self.percentile, signed=signed), signed=signed)
 
 
 def _bits(context: Context) -> int:
