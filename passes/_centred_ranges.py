@@ -44,7 +44,7 @@ def _maker(model: Model, value: ir.Value) -> ir.Node | None:
 def _fit(model: Model, value: ir.Value, placement: Placement) -> bool:
     """Whether all readers are convolutions in integers that see no padding."""
     return all(
-        index == 0 and node in placement.integer and _is_layer(model, node) and not any(_pads(node, value))
+        index == 0 and node in placement.integer and _is_layer(model, node) and not any(_pads(node))
         for node, index in value.uses()
     )
 
@@ -60,7 +60,7 @@ def _is_layer(model: Model, node: ir.Node) -> bool:
     return bias_value(node) is None or bias_value(node).is_initializer()
 
 
-def _pads(node: ir.Node, value: ir.Value) -> list[int]:
+def _pads(node: ir.Node) -> list[int]:
     kernel = constant_weight(node).shape[2:]
     if node.attributes.get_string("auto_pad", "NOTSET").startswith("SAME"):
         return [k - 1 for k in kernel]
