@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = ("effc", "passes", "backends", "tests", "examples", "benchmarks")
 SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 LINES = 350  # a file that needs more holds two ideas,
-LONG = {"effc/edit.py": 500, "effc/graphsurgeon.py": 600}  # but for these
+LONG = {"effc/edit.py": 500}  # but for these
 # Written in two parts, so that this file does not speak of them itself.
 MACHINE = re.compile("|".join(rf"(?<![\w.<>-])/{root}/[\w.-]" for root in ("home", "root", "Users", "work", "mnt")))
 
