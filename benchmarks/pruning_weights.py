@@ -177,7 +177,7 @@ class Bench(Marks):
             told = [f"{d:.0f} ({r:+.0f})" for d, r in zip(hurt, rises, strict=True)]
             told[1:4] = f"{obd_told:.0f}", told[1], told[2], f"{fisher_told:.0f}", told[3]
             print(f"| {100 * share:.0f} % | {' | '.join(told)} |", flush=True)
-            self.at_most(f"{100 * share:.0f} % of groups: damage by OBD, step by step, 1e-6 nats", steps, l1)
+            self.at_most(f"{100 * share:.0f} % of groups: damage by OBD, 1e-6 nats", obd, l1)
 
     def lasso(self) -> None:
         """Groups of LeNet-5's convolutions trained to zero, against groups chosen without training, as many epochs."""
