@@ -26,6 +26,7 @@ BLOCKED = "com.microsoft.nchwc"
 FREE_OPS = {"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Shape", "Size", "Constant"}  # in place, or tiny
 NOTHING = {"elements": 1, "share": 1, "run": 1, "window": 1, "broadcast": 0}
 BODIES = {"If", "Loop", "Scan"}
+RECURRENT = {"LSTM", "GRU", "RNN"}
 # Operators whose time depends on how long the last axis is; others take all elements as one run.
 ALONG_AXES = {
     "Slice", "Pad", "Resize", "Upsample", "MaxPool", "NhwcMaxPool", "AveragePool", "QLinearAveragePool", "Gather",
@@ -135,6 +136,8 @@ def _kernel(node: onnx.NodeProto, known: Mapping[str, Tensor], weights: set[str]
         kind, moved, dims, dtype = FREE, 0, NOTHING, "float32"
     else:
         dims = _elements(node, first, out, attributes, known)
+        if node.op_type in RECURRENT:
+            macs = math.prod(first[0][:2]) * sum(math.prod(known[n][0]) for n in node.input[1:3])
         if node.op_type in ("Resize", "Upsample"):
             kind += _interpolation(node, attributes, first[0], out[0])
         elif node.op_type == "Transpose" and dims["run"] > 1:
@@ -240,8 +243,10 @@ def _matrix(node, known, attributes, weights) -> tuple[str, dict[str, float], in
 
 def _elements(node, first: Tensor, out: Tensor, attributes, known) -> dict[str, float]:
     """Elements in and out, and the length of what is worked on as one run."""
-    window = math.prod(attributes.get("kernel_shape") or [1])
     shape, made = first[0], out[0]
+    last = node.op_type.startswith("Nhwc") or attributes.get("channels_last", 0)
+    spatial = shape[1:-1] if last else shape[2:]
+    window = math.prod(map(min, attributes.get("kernel_shape") or [], spatial))  # beyond the image nothing is read
     axis = attributes.get("axis", 1 if node.op_type == "DequantizeLinear" else -1)
     run, broadcast, extra = made[-1] if made else 1, 0, {}
     if node.op_type in ("Softmax", "LayerNormalization", "SkipLayerNormalization", "LogSoftmax") and shape:

@@ -1,7 +1,7 @@
 """What a model costs: multiply-accumulates, parameters, weights and traffic, per node and in all.
 
-MACs are those of convolutions and matrix products, the unit in which architectures are published; other operators
-count none. A node that the table lacks, or whose shape is not known, is reported as unknown.
+MACs are those of convolutions, matrix products and recurrent layers, the unit in which architectures are published;
+other operators count none. A node that the table lacks, or whose shape is not known, is reported as unknown.
 """
 
 from __future__ import annotations
@@ -105,6 +105,13 @@ def _matmul(node: ir.Node, shapes: Shapes) -> int | None:
 @macs.rule("QLinearMatMul")
 def _qlinear_matmul(node: ir.Node, shapes: Shapes) -> int | None:
     return _matmul(node, shapes)
+
+
+@macs.rule("LSTM", "GRU", "RNN")
+def _recurrent(node: ir.Node, shapes: Shapes) -> int | None:
+    # Each step of each sequence meets both matrices of a direction: [directions, gates x hidden, inputs or hidden].
+    x, *matrices = (_shape(shapes, value) for value in node.inputs[:3])
+    return None if x is None or None in matrices else math.prod(x[:2]) * sum(math.prod(m) for m in matrices)
 
 
 @macs.rule("MatMulNBits", domain=RUNTIME_DOMAIN)

@@ -166,14 +166,15 @@ def _matrix(d: Mapping[str, float], size: float) -> tuple[np.ndarray, np.ndarray
 
 
 def _elements(d: Mapping[str, float]) -> tuple[np.ndarray, np.ndarray]:
-    elements, made, moved = d["elements"], d["elements"] * d["share"], d["moved"]
+    share = max(d["share"], 1 / d["elements"])  # an empty output takes as long as one number
+    elements, made, moved = d["elements"], d["elements"] * share, d["moved"]
     terms = [
         1, *left(d["since"]), *left(d["around"]), d["near"], d["far"],
         elements, made, made * d["window"] if d["window"] > 1 else 0, elements / d["run"],
         moved * left(moved)[0], moved * left(moved)[1],
     ]  # fmt: skip
     rows, columns = d.get("rows", 1), d.get("columns", 1)
-    logs = [elements, d["share"], d["run"], d["window"], d["around"] + 1e5, d["since"] + 1e5, rows, columns]
+    logs = [elements, share, d["run"], d["window"], d["around"] + 1e5, d["since"] + 1e5, rows, columns]
     return np.array(terms, float), np.array([*(math.log(v) for v in logs), d["broadcast"], *_away(d)], float)
 
 

@@ -49,6 +49,17 @@ def test_macs_by_hand_grow_with_the_batch(name, macs):
     assert not cost(model, dims={"T": 6}).unknown
 
 
+@pytest.mark.parametrize(("op", "gates", "layout"), [("LSTM", 4, 0), ("GRU", 3, 0), ("RNN", 1, 1)])
+def test_each_step_of_a_recurrent_layer_meets_both_matrices(op, gates, layout):
+    net = Net("recurrent")
+    sequence, batch, inputs, hidden = 7, 2, 5, 3
+    x = net.input("x", [batch, sequence, inputs] if layout else [sequence, batch, inputs])
+    weights = [net.weight(n, net.random(2, gates * hidden, size)) for n, size in (("w", inputs), ("r", hidden))]
+    y = net.node(op, x, *weights, hidden_size=hidden, direction="bidirectional", layout=layout)
+    net.output(y, [batch, sequence, 2, hidden] if layout else [sequence, 2, batch, hidden])
+    assert cost(from_proto(net.model()), batch).total.macs == 2 * sequence * batch * gates * hidden * (inputs + hidden)
+
+
 def test_each_node_has_its_own_share():
     model = from_proto(networks.plain())
     found = cost(model)

@@ -28,6 +28,13 @@ PLACED = {"moved": 400, "around": 4000, "since": 900, "near": 100, "far": 20, "m
 ALWAYS = [1, *left(900), *left(4000), 100, 20]  # the terms of any kernel
 
 
+def test_what_makes_nothing_takes_as_long_as_one_number():
+    """A slice of no rows, as exporters write for a list of sizes that is empty."""
+    empty, one = (describe(PLACED | OTHER | {"share": share}, 4) for share in (0, 1 / OTHER["elements"]))
+    for found, expected in zip(empty, one, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_families_and_their_columns():
     assert [family(d) for d in (CONV, PRODUCT, OTHER, {})] == [CONVOLUTION, MATRIX, ELEMENTS, ELEMENTS]
     assert columns(CONV) == (*CONV, "moved", "around", "since", "near", "far", "made_near", "made_far")

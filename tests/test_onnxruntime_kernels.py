@@ -260,6 +260,8 @@ class TestElements:
         )
         assert (found.kind, found.key) == ("NhwcMaxPool", "NhwcMaxPool:int8")
         assert self.dims("GlobalAveragePool", {"x": image, "y": point}) == (1024, 1 / 64, 1, 1, 0)
+        wide = {"kernel_shape": [448, 448], "ceil_mode": 1}  # as some exporters pool over all there is
+        assert self.dims("AveragePool", {"x": image, "y": point}, **wide) == (1024, 1 / 64, 1, 64, 0)
         assert self.dims("Resize", {"x": half, "y": image}) == (1024, 1, 8, 1, 0)
         assert self.dims("ReorderInput", {"x": image, "y": image}, domain=BLOCKED) == (1024, 1, 64, 1, 0, 16)
         made = {"x": image, "y": [1, 12, 8, 8]}
@@ -271,6 +273,10 @@ class TestElements:
             0,
             12,
         )  # channels that are not padding
+
+    def test_recurrent_layers_multiply(self):
+        shapes = {"x": [7, 2, 5], "w": [1, 12, 5], "r": [1, 12, 3], "y": [7, 1, 2, 3]}
+        assert read("LSTM", shapes, weights="w r", hidden_size=3).macs == 7 * 2 * 12 * (5 + 3)
 
     @pytest.mark.parametrize(
         ("options", "made", "kind"),
