@@ -21,17 +21,22 @@ Map = np.ndarray
 class Trace:
     """What is known so far of the units of a model.
 
+    Args:
+        apart: nodes that share a vector, as exporters write equal biases once, can have one each; else it ties them.
+
     Attributes:
         tensors: activation -> map of units.
-        weights: (weight, axis, whether it reads) -> unit of each index.
+        weights: (weight, axis, whether it reads, the node where that is one of several) -> unit of each index.
     """
 
-    def __init__(self, model: Model) -> None:
-        self.model = model
+    def __init__(self, model: Model, *, apart: bool = False) -> None:
+        self.model, self._apart = model, apart
+        self.node: ir.Node | None = None  # that is followed now
         symbols = {d for info in model.inputs for d in (info.shape or ())[1:] if isinstance(d, str)}
         self.shapes = model.shapes(model.batch or BATCH, dict.fromkeys(symbols, ANY))
         self.tensors: dict[str, Map] = {}
-        self.weights: dict[tuple[str, int, bool], Map] = {}
+        self.weights: dict[tuple[str, int, bool, str], Map] = {}
+        self._weighed: set[tuple[str, str]] = set()  # weight, node that said what it makes of it
         self._count = 0
         self._edges: list[np.ndarray] = []
         self._pins: list[tuple[np.ndarray, str]] = []
@@ -75,20 +80,28 @@ class Trace:
             own = self.of(value)
             self.meet(laid(units, axis, max(own.ndim, 1)), own, self._obstacle(value, f"{value.name!r} is no weight"))
             return
-        key = value.name, axis, reads
-        known = self.weights.setdefault(key, units)
+        reader = self._reader(value)
+        self._weighed.add((value.name, self.node.name if self.node else ""))
+        known = self.weights.setdefault((value.name, axis, reads, reader), units)
         if known is not units:
             self.meet(known, units, f"{value.name!r} is read by several nodes, one of which needs it whole")
-        other = self.weights.get((value.name, axis, not reads))
+        other = self.weights.get((value.name, axis, not reads, reader))
         if other is not None:
             self.pin(np.concatenate([known, other]), f"{value.name!r} is read in two ways")
 
     def made(self, weight: ir.Value, axis: int, count: int) -> Map:
         """The units [count] that a weight makes: new ones, unless another reader of it made some."""
-        key = weight.name, axis, False
+        key = weight.name, axis, False, self._reader(weight)
+        self._weighed.add((weight.name, self.node.name if self.node else ""))
         if key not in self.weights:
             self.weights[key] = self.fresh(count)
         return self.weights[key]
+
+    def _reader(self, weight: ir.Value) -> str:
+        """The node that reads a vector where others do as well, and each can have its own; else nothing."""
+        if not self._apart or self.node is None or len(self.shapes.get(weight.name) or ()) != 1:
+            return ""
+        return (self.node.name or "") if any(reader is not self.node for reader, _ in weight.uses()) else ""
 
     def meet(self, a: Map, b: Map, why: str) -> None:
         """Unite, and pin what meets something fixed."""
@@ -137,6 +150,13 @@ class Trace:
             return f"{value.name!r} is computed from weights; simplify makes it one"
         return otherwise
 
+    def keep_whole(self) -> None:
+        """What is not understood reads a weight too: its units are pinned, unless it can have a copy."""
+        for (name, _, _, reader), units in self.weights.items():
+            for node, _ in () if reader else self.model.graph.initializers[name].uses():
+                if (name, node.name or "") not in self._weighed:
+                    self.pin(units, f"{name!r} is also read by {node.op_type} {node.name!r}, which needs it whole")
+
     def keep_rectangular(self) -> None:
         """Where two axes of a tensor hold units together, indices of the first stay whole: groups of a shuffle."""
         waiting = [(name, m) for name, m in self.tensors.items() if sum(length > 1 for length in m.shape) > 1]
@@ -174,6 +194,7 @@ RULES: OpTable[Rule] = OpTable("channels")
 
 def follow(trace: Trace, node: ir.Node) -> None:
     """Take the units of a node's inputs to its outputs; what no rule knows is pinned."""
+    trace.node = node
     ranks_known = all(v is None or trace.shapes.get(v.name) is not None for v in node.inputs)
     rule = RULES.find(node) if ranks_known and not holds_graphs(node) else None
     if rule is not None:

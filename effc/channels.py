@@ -31,11 +31,13 @@ class Place(NamedTuple):
 
     Attributes:
         reads: the weights there are what reads the units; else they make them.
+        reader: the node meant, where several share a vector: units that one of them loses stay in the others' copies.
     """
 
     weight: str
     axis: int
     reads: bool
+    reader: str = ""
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,12 @@ def channels(model: Model) -> Channels:
 
 
 def _traced(model: Model) -> Channels:
-    trace = Trace(model)
+    trace = Trace(model, apart=True)
     for node in model.graph:
         follow(trace, node)
     for value in model.graph.outputs:
         trace.pin(trace.of(value), f"{value.name!r} is an output of the model")
+    trace.keep_whole()
     trace.keep_rectangular()
     names, pinned = trace.united()
     return Channels(

@@ -92,15 +92,23 @@ class _Removal:
         edit.forget_shapes(self.model, node)
 
     def slice_weights(self) -> None:
-        sliced: dict[str, np.ndarray] = {}
+        sliced: dict[tuple[str, str], np.ndarray] = {}
         for place, units in self.found.weights.items():
-            stays = ~np.isin(units, self.gone)
+            stays, key = ~np.isin(units, self.gone), (place.weight, place.reader)
             if not stays.all():
-                array = sliced.get(place.weight)
-                array = self.model.graph.initializers[place.weight].const_value.numpy() if array is None else array
-                sliced[place.weight] = np.compress(stays, array, place.axis)
-        for name, array in sliced.items():
-            edit.set_initializer(self.model, self.model.graph.initializers[name], np.ascontiguousarray(array))
+                whole = self.model.graph.initializers[place.weight].const_value.numpy()
+                sliced[key] = np.compress(stays, sliced.get(key, whole), place.axis)
+        for (name, reader), array in sliced.items():
+            value = self.model.graph.initializers[name]
+            node = self.model.node(reader) if reader else None
+            if node is None:
+                edit.set_initializer(self.model, value, np.ascontiguousarray(array))
+                continue
+            own = edit.add_initializer(self.model, name, array)
+            for index in [index for index, read in enumerate(node.inputs) if read is value]:
+                edit.set_input(self.model, node, index, own)
+        shared = {name for name, reader in sliced if reader}
+        edit.discard(self.model, [self.model.graph.initializers[name] for name in shared])
 
 
 Rule = Callable[[_Removal, ir.Node], None]

@@ -117,7 +117,7 @@ def _follow_depthwise(trace: Trace, node: ir.Node, reads: dict[Place, np.ndarray
 def _adds_unseen(trace: Trace, node: ir.Node) -> bool:
     """Whether a Gemm's third operand is something else than one number for each output."""
     added = node.inputs[2] if len(node.inputs) > 2 else None
-    return added is not None and not any(name == added.name for name, _, _ in trace.weights)
+    return added is not None and not any(name == added.name for name, *_ in trace.weights)
 
 
 def _obstacle(node: ir.Node) -> str | None:

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from rich.console import Console
 
 from effc.capture import from_proto
-from effc.channels import FIXED, Channels, Group, channels
+from effc.channels import FIXED, Channels, Group, Place, channels
 from effc.channels_report import channels_table
 from effc.cli import main
 from tests.networks import NETWORKS, Net, distance, feeds, run
@@ -149,7 +149,7 @@ def test_heads_stay_whole_and_go_together():
     assert len(attention.units) == 3
     makers = {place.weight for place in attention.places if not place.reads}
     assert makers == {f"{n}.{kind}" for n in "qkv" for kind in ("weight", "bias")}
-    assert [p for p in attention.places if p.reads] == [("out.weight", 0, True)]
+    assert [p for p in attention.places if p.reads] == [Place("out.weight", 0, True)]
     for place in attention.places:
         np.testing.assert_array_equal(found.weights[place], np.repeat(attention.units, 8))
     (inner,) = [g for g in found.groups if any(p.weight == "up.weight" for p in g.places) and g.pinned is None]
@@ -169,17 +169,17 @@ def test_a_shuffle_keeps_as_many_channels_in_each_group(groups):
 def test_channels_of_zeros_that_a_shortcut_adds():
     """Those of the wide layer at their place go alone; the others go with what the shortcut brings."""
     _, found = traced("padded")
-    (wide,) = [units for place, units in found.weights.items() if place == ("b.weight", 0, False)]
-    (narrow,) = [units for place, units in found.weights.items() if place == ("a.weight", 0, False)]
+    wide = found.weights[Place("b.weight", 0, False)]
+    narrow = found.weights[Place("a.weight", 0, False)]
     np.testing.assert_array_equal(wide[2:7], narrow)
     assert not np.isin(wide[[0, 1, 7, 8, 9]], narrow).any() and removable(found) == 10
 
 
 def test_what_is_cut_out_and_put_together():
     _, found = traced("parts")
-    (units,) = [u for place, u in found.weights.items() if place == ("a.weight", 0, False)]
+    units = found.weights[Place("a.weight", 0, False)]
     np.testing.assert_array_equal(units[:6], units[6:])  # each goes with its gate
-    (read,) = [u for place, u in found.weights.items() if place == ("fc.weight", 1, True)]
+    read = found.weights[Place("fc.weight", 1, True)]
     np.testing.assert_array_equal(read, np.repeat(units[[0, 1, 5, 3]], 16))
 
 
@@ -212,7 +212,7 @@ def test_a_sum_over_no_axes_passes_units_on():
     y = net.node("ReduceSum", x, net.weight("none", np.zeros(0, np.int64)), noop_with_empty_axes=1)
     net.output(net.node("MatMul", y, net.weight("v", net.random(8, 3))), ["N", 3])
     found = channels(from_proto(net.model()))
-    (made,), (read,) = ([u for p, u in found.weights.items() if p == place] for place in (("w", 1, 0), ("v", 0, 1)))
+    made, read = found.weights[Place("w", 1, False)], found.weights[Place("v", 0, True)]
     np.testing.assert_array_equal(made, read)
     assert made_by(found, "w") == {None}
 
@@ -224,6 +224,19 @@ def test_weights_that_are_computed_are_pinned_with_what_helps():
     net.head(net.node("Mul", x, scale), 8)
     (reason,) = made_by(channels(from_proto(net.model())), "a.weight")
     assert reason.endswith("is computed from weights; simplify makes it one")
+
+
+def test_a_weight_that_something_else_reads_is_needed_whole():
+    """Two layers with one weight, the second by another name, as older exporters write equal layers."""
+    net = Net("alias")
+    x = net.input("x", ["N", 4])
+    y = net.node(
+        "MatMul", net.relu(net.node("MatMul", x, net.weight("w", net.random(4, 6)))), net.weight("v", net.random(6, 3))
+    )
+    net.output(net.node("Concat", y, net.node("MatMul", x, net.node("Identity", "w", name="alias")), axis=1), ["N", 9])
+    assert made_by(channels(from_proto(net.model())), "w") == {
+        "'w' is also read by Identity 'node_alias', which needs it whole"
+    }
 
 
 def test_what_is_added_to_a_layer_by_another_is_no_weight():
@@ -258,7 +271,7 @@ def test_channels_laid_out_as_boxes_stay_whole():
     net.output(net.node("ReduceMean", y, axes=[1], keepdims=0), ["N", 2])
     found = channels(from_proto(net.model()))
     assert made_by(found, "a.weight") == {None}
-    (at,) = (units for place, units in found.weights.items() if place == ("b.weight", 0, False))
+    at = found.weights[Place("b.weight", 0, False)]
     np.testing.assert_array_equal(at, at[[0, 1]].tolist() * 3)
 
 

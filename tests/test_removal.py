@@ -91,10 +91,23 @@ def resized() -> onnx.ModelProto:
     return net.model()
 
 
+def twice_read() -> onnx.ModelProto:
+    """Vectors that several layers read, as exporters write equal ones once: biases, and a norm's scale and variance."""
+    net = Net("twice_read")
+    bias, ones = net.weight("bias", net.random(8)), net.weight("ones", np.full(8, 1.5, np.float32))
+    x = net.node("Conv", net.input("x", ["N", 3, 8, 8]), net.weight("a", net.random(8, 3, 3, 3)), bias)
+    x = net.relu(net.node("BatchNormalization", x, ones, bias, bias, ones, name="bn"))
+    x = net.relu(net.node("Conv", x, net.weight("b", net.random(8, 8, 3, 3, scale=0.2)), bias))
+    y = net.node("Conv", x, net.weight("c", net.random(8, 8, 1, 1, scale=0.3)))
+    y = net.node("Transpose", net.node("Transpose", y, perm=[0, 2, 3, 1]), perm=[0, 3, 1, 2])
+    net.head(net.relu(net.node("BatchNormalization", y, ones, bias, bias, ones, name="last")), 8)
+    return net.model()
+
+
 OTHERS = {
     "gated": gated, "heads": heads, "padded": padded, "shuffled": shuffled, "sliced": sliced, "gathered": gathered,
     "split by attribute": lambda: split(11), "split by input": lambda: split(17), "split by count": lambda: split(18),
-    "resized": resized, "sliced at once": lambda: sliced(1),
+    "resized": resized, "twice read": twice_read, "sliced at once": lambda: sliced(1),
 }  # fmt: skip
 
 
@@ -108,6 +121,19 @@ def test_what_is_left_computes_the_same_as_with_units_that_nothing_reads(name):
         inputs = feeds(proto)
         assert distance(run(unread(model, gone).proto(), inputs), run(smaller.proto(), inputs)) <= EQUAL
         assert not gone or smaller.nbytes() < model.nbytes()
+
+
+def test_a_vector_ties_none_of_its_readers_to_each_other():
+    """Each keeps what it needs of it, in a copy where it needs another part than the others; none is left unread."""
+    model = from_proto(twice_read())
+    found = channels(model)
+    assert len([group for group in found.groups if group.pinned is None and len(group.units) == 8]) == 3
+    first = next(group for group in found.groups if any(place.weight == "a" for place in group.places))
+    smaller = removed(model, set(first.units[:3]))
+    shapes = {node.name: [tuple(v.shape) for v in node.inputs[1:]] for node in smaller.graph if len(node.inputs) > 1}
+    assert shapes["node_bn"] == [(5,)] * 4 and shapes["node_last"] == [(8,)] * 4
+    read = {value.name for node in smaller.graph for value in node.inputs}
+    assert set(smaller.graph.initializers) <= read
 
 
 def test_a_depthwise_convolution_has_fewer_groups():
