@@ -11,6 +11,7 @@ from effc import edit
 from effc.model import STANDARD_DOMAINS, Model, constant_tensor
 
 WEIGHTED = ("Conv", "Gemm", "MatMul")
+RECURRENT = ("LSTM", "GRU", "RNN")
 
 
 def output_axis(node: ir.Node, rank: int) -> int:

@@ -15,10 +15,11 @@ import onnx_ir as ir
 from effc import edit
 from effc.contract import Skipped
 from effc.cost import MATRIX_OPS
+from effc.layers import RECURRENT
 from effc.model import STANDARD_DOMAINS, Model, constant_tensor
 from effc.placement import clip_bounds
 
-LAYERS = frozenset({*MATRIX_OPS, "LSTM", "GRU", "RNN"})
+LAYERS = frozenset({*MATRIX_OPS, *RECURRENT})
 KEEPING = frozenset({  # what is in bounds before is so behind: they choose among values, move them, or average them
     "MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Identity", "Dropout", "Reshape", "Flatten",
     "Squeeze", "Unsqueeze", "Transpose",

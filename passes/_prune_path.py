@@ -49,8 +49,9 @@ class Choice:
 def path(widths: Widths, choices: Mapping[str, Choice], quantity: str, enough: Callable[[Cost], bool]) -> list[Step]:
     """Steps until what is saved is enough, or nothing is left to save.
 
-    A step is as far down as pays best: least damage for each unit of `quantity`, an attribute of `Cost`. What it pays
-    is looked at anew when its turn comes: steps of neighbours may have made it less.
+    A step is as far down as pays best: least damage for each unit of `quantity`, an attribute of `Cost`; the last one
+    no further than is enough. What it pays is looked at anew when its turn comes: steps of neighbours may have made it
+    less.
     """
     at = dict.fromkeys(choices, 0)
     saved, steps = Cost(), []
@@ -82,6 +83,10 @@ def path(widths: Widths, choices: Mapping[str, Choice], quantity: str, enough: C
             heapq.heappush(heap, (now[0], site, now[1], now[2]))
             continue
         _, index, gained = now
+        if enough(saved + gained):
+            sizes = choices[site].sizes
+            shorter = ((i, widths.saving(site, sizes[i])) for i in range(at[site] + 1, index))
+            index, gained = next(((i, g) for i, g in shorter if enough(saved + g)), (index, gained))
         hurt = choices[site].damage[index] - choices[site].damage[at[site]]
         steps.append(Step(site, choices[site].sizes[index], gained, hurt))
         at[site], widths.left[site] = index, choices[site].sizes[index]

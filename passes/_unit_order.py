@@ -12,6 +12,7 @@ from effc.channels import Place, channels
 from effc.contract import Context
 from effc.evaluate import damage as damage_of
 from effc.model import Model
+from effc.removal import mute_units
 from effc.walk import Values, Walk, samples
 
 from ._elimination import Reader, compensated, eliminate
@@ -122,6 +123,11 @@ def _curve(
         some = max(1, group.count // 4)
         hurt = _hurt(model, readers, order[:some], walk, reference)
         damage = damage * max(hurt / max(float(damage[some]), 1e-12), 1.0)
+    elif readers:
+        # No layer to fit, and no price of its own: what counts is what the outputs lose without half of the units.
+        some = max(1, group.count // 2)
+        hurt = _missed(model, units[:some], walk, reference)
+        damage = damage * (hurt / max(float(damage[some]), 1e-12))
     return _Curve(units, damage, None)
 
 
@@ -161,6 +167,13 @@ def _hurt(
         left = compensated(reader, gone)
         bias = site.shift + (0 if site.bias is None else site.bias * site.scale)
         renew(clone, site, left, bias + (reader.matrix - left) @ reader.mean)
+    return damage_of(Walk(clone, walk.backend, walk.feeds(len(reference)), threads=walk.threads).outputs(), reference)
+
+
+def _missed(model: Model, gone: np.ndarray, walk: Walk, reference: Sequence[Values]) -> float:
+    """Damage of units that nothing reads any more and nothing makes up for."""
+    clone = model.clone()
+    mute_units(clone, gone.tolist())
     return damage_of(Walk(clone, walk.backend, walk.feeds(len(reference)), threads=walk.threads).outputs(), reference)
 
 

@@ -12,14 +12,14 @@ import onnx_ir as ir
 from effc.channels import Channels, Group, Place, channels
 from effc.contract import Context
 from effc.cost import Cost
-from effc.layers import WEIGHTED, dilations, pads, strides
+from effc.layers import RECURRENT, WEIGHTED, constant_weight, dilations, pads, strides
 from effc.model import Model
 
 from ._chain_costs import ChainCosts
 from ._chain_costs import Place as Standing
 from ._factors import Factor, blank
 
-LAYERS = (*WEIGHTED, "ConvTranspose")
+LAYERS = (*WEIGHTED, "ConvTranspose", *RECURRENT)
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,9 @@ class Widths:
         full = tuple(None if axis is None else axis[2] for axis in self._axes[name])
         share = float(np.prod([c / f for c, f in zip(counts, full, strict=True) if c is not None]))
         node = self.model.node(name)
+        if node.op_type in RECURRENT:  # units are read by the one matrix, and not by that of the state
+            read, state = (int(np.prod(value.const_value.shape)) for value in node.inputs[1:3])
+            share = (share * read + state) / (read + state)
         before = self._seconds(node, full) if whole.seconds else None
         after = self._seconds(node, counts) if before else None
         slower = after / before if before and after else share
@@ -144,9 +147,10 @@ class Widths:
     def _seconds(self, node: ir.Node, counts: tuple[int | None, ...]) -> float | None:
         """Predicted time of a convolution or dense layer with so many outputs and inputs."""
         size = self.shapes.get(node.inputs[0].name)
-        if node.op_type not in WEIGHTED or size is None or not all(isinstance(d, int) for d in size):
+        held = constant_weight(node) if node.op_type in WEIGHTED else None
+        if held is None or size is None or not all(isinstance(d, int) for d in size):
             return None
-        weight = node.inputs[1].const_value.shape
+        weight = held.shape
         first = node.inputs[0].is_graph_input()
         outputs, inputs = counts
         if node.op_type != "Conv":
@@ -176,8 +180,9 @@ class Widths:
         of = {unit: g.name for g in groups for unit in g.group.units}
         axes = {}
         for node in self.model.graph:
-            if node.op_type in LAYERS and len(node.inputs) > 1 and node.inputs[1] is not None:
-                held = {p: u for p, u in found.weights.items() if p.weight == node.inputs[1].name}
+            weight = node.inputs[1] if node.op_type in LAYERS and len(node.inputs) > 1 else None
+            held = {} if weight is None else {p: u for p, u in found.weights.items() if p.weight == weight.name}
+            if held:
                 made = next((u for p, u in held.items() if not p.reads), None)
                 read = next((u for p, u in held.items() if p.reads), None)
             else:

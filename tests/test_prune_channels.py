@@ -96,6 +96,24 @@ def test_reconstruction_hurts_less_than_chance():
     assert off(proto, chosen) < off(proto, chance)
 
 
+def test_units_that_a_recurrent_layer_reads_are_missed():
+    """Its gates are no layer that is fitted, but what they read counts: the units that they need most stay."""
+    net = Net("recurrent", opset=18)
+    x = net.relu(net.node("MatMul", net.input("x", [6, 8, 3]), net.weight("w", net.random(3, 8))))
+    read = net.random(1, 12, 8, scale=0.5)
+    read[:, :, ::2] *= 0.01
+    net.node("GRU", x, net.weight("input", read), net.weight("state", net.random(1, 12, 4)), name="gru", outputs=2,
+             hidden_size=4, linear_before_reset=1)  # fmt: skip
+    last = net.node("Squeeze", "gru_1", net.weight("axes", np.array([0])))
+    net.output(net.node("MatMul", last, net.weight("v", net.random(4, 3))), [8, 3])
+    proto = net.model()
+    result = optimize(proto, "prune-channels{macs=0.8}", calibrate={"source": lambda: iter([feeds(proto, seed=7)])})
+    entry = next(e for e in result.history.passes[0].ledger if e.status == "changed")
+    kept = result.model.graph.initializers["w"].const_value.numpy()
+    rows = [np.flatnonzero((net.weights["w"] == column[:, None]).all(0))[0] for column in kept.T]
+    assert entry.damage > 0 and {1, 3, 5, 7} <= set(rows) and len(rows) < 8
+
+
 def test_without_data_weights_decide_and_nothing_is_fitted():
     proto = NETWORKS["plain"]()
     result = optimize(proto, "prune-channels{macs=0.7}")

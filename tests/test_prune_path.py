@@ -16,6 +16,7 @@ from effc.registry import backend
 from effc.removal import remove_units
 from effc.target import find
 from tests.networks import NETWORKS, Net
+from tests.test_channels import heads
 
 NAMES = ("plain", "residual", "depthwise", "branches", "mlp")
 
@@ -26,6 +27,17 @@ def chain() -> onnx.ModelProto:
     x = net.relu(net.conv(net.input("x", ["N", 3, 8, 8]), 3, 16, 1, name="a"))
     x = net.relu(net.conv(x, 16, 16, 3, name="b", pads=[1] * 4))
     net.head(x, 16)
+    return net.model()
+
+
+def recurrent() -> onnx.ModelProto:
+    """A dense layer of eight units in front of an LSTM of four."""
+    net = Net("recurrent")
+    x = net.relu(net.node("MatMul", net.input("x", [5, 1, 3]), net.weight("w", net.random(3, 8))))
+    weights = [net.weight(n, net.random(1, 16, size, scale=0.4)) for n, size in (("input", 8), ("state", 4))]
+    net.node("LSTM", x, *weights, name="lstm", outputs=2, hidden_size=4)
+    last = net.node("Squeeze", "lstm_1", net.weight("axes", np.array([0])))
+    net.output(net.node("MatMul", last, net.weight("v", net.random(4, 3))), [1, 3])
     return net.model()
 
 
@@ -52,6 +64,32 @@ def test_savings_of_a_path_are_those_of_the_smaller_model(name):
     after, saved = cost(model, 1).total, sum((step.saved for step in steps), Cost())
     assert before.macs - saved.macs == pytest.approx(after.macs, rel=0.02)  # counts of single layers are rounded
     assert before.weight_bytes - saved.weight_bytes == pytest.approx(after.weight_bytes, rel=0.1)  # biases count alike
+
+
+def test_the_last_step_goes_no_further_than_is_enough():
+    """Units that are free go in one step, all but one, where nothing else is asked."""
+    widths, groups = widths_of(chain())
+    choices = {g.name: Choice(steps_of(g.count, 1, 0.95), np.zeros(len(steps_of(g.count, 1, 0.95)))) for g in groups}
+    total = cost(from_proto(chain()), 1).total.macs
+    steps = path(widths, choices, "macs", lambda saved: saved.macs >= 0.3 * total)
+    saved = sum(step.saved.macs for step in steps)
+    unit = total / 16
+    assert 0.3 * total <= saved <= 0.3 * total + unit
+
+
+def test_costs_of_attention_and_of_recurrent_layers_follow_their_units():
+    """Scores go by heads; of a recurrent layer only the matrix that reads units shrinks."""
+    widths, groups = widths_of(recurrent())
+    (group,) = groups
+    steps, hidden = 5, 4
+    saved = widths.saving(group.name, 2).macs
+    assert saved == steps * 6 * (3 + 4 * hidden)  # six of eight units: made by one layer, read by four gates
+    widths, groups = widths_of(heads())
+    (attention,) = (g for g in groups if g.count == 3)
+    left = from_proto(heads())
+    before = cost(left, 1).total.macs
+    remove_units(left, set(attention.group.units[:1]))
+    assert widths.saving(attention.name, 2).macs == before - cost(left, 1).total.macs
 
 
 def test_a_path_ends_where_enough_is_saved():
