@@ -11,7 +11,7 @@ from effc.model import Model
 
 
 def between(targets: Sequence[ir.Value], available: Collection[str]) -> tuple[set[ir.Node], list[ir.Value]]:
-    """The nodes that make some tensors of those available, and which of these they read."""
+    """The nodes that make some tensors of those available, and which of these they read and do not make again."""
     needed: set[ir.Node] = set()
     entries: dict[str, ir.Value] = {}
     waiting = list(targets)
@@ -22,7 +22,8 @@ def between(targets: Sequence[ir.Value], available: Collection[str]) -> tuple[se
         elif (node := value.producer()) is not None and node not in needed:
             needed.add(node)
             waiting += [v for v in node.inputs if v is not None]
-    return needed, list(entries.values())
+    again = {v.name for node in needed for v in node.outputs}  # beside another output that was not available
+    return needed, [value for name, value in entries.items() if name not in again]
 
 
 def part(

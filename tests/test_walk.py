@@ -246,6 +246,20 @@ def test_a_model_edited_ahead_of_the_walk_is_seen_edited(network: str, seen: str
     same(on_way.outputs(), expected)
 
 
+def test_one_of_two_outputs_may_have_been_let_go_of() -> None:
+    """The node that makes both runs again for it, and what was kept of it is no entry beside."""
+    net = Net("halves", opset=18)
+    x = net.node("Split", net.input("x", ["N", 6]), outputs=2, name="halves", num_outputs=2, axis=1)
+    y = net.node("Add", "halves_1", net.relu("halves_1"), name="sum")
+    net.output(net.node("Concat", x, "halves_1", y, axis=1, name="all"), ["N", 9])
+    proto = net.model()
+    _, on_way, batches = start(proto, keep={"halves_1", "sum"})
+    on_way.outputs()
+    (found, *_), (reference, *_) = on_way.replaced("sum", "halves_1").outputs(), exposed(proto, batches)
+    parts = [reference[name] for name in ("halves", "halves_1", "halves_1")]
+    np.testing.assert_array_equal(found["all"], np.concatenate(parts, axis=1))
+
+
 def test_nan_on_the_way_is_refused() -> None:
     proto = networks.plain()
     batch = feeds(proto)
