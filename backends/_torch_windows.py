@@ -122,11 +122,13 @@ class _Windows(NamedTuple):
     """Where a pool's windows lie on an input.
 
     Attributes:
+        kernel: sizes of a window; of a single one no more than it meets, as exporters write 448 x 448 for all of 2 x 2.
         steps, gaps: strides and dilations.
         pads: begins, then ends; resolved.
         extra: what a last window reaches beyond the pads, in the same order.
     """
 
+    kernel: tuple[int, ...]
     steps: tuple[int, ...]
     gaps: tuple[int, ...]
     pads: list[int]
@@ -145,7 +147,13 @@ def _windows(
     ones = [1] * len(kernel)
     steps, gaps = tuple(strides or ones), tuple(dilations or ones)
     widths = around(x, kernel, pads, steps, gaps, auto_pad)
-    return _Windows(steps, gaps, widths, _overhang(x, kernel, steps, gaps, widths, bool(ceil_mode)))
+    extra = _overhang(x, kernel, steps, gaps, widths, bool(ceil_mode))
+    spatial, own = len(kernel), list(kernel)
+    for i, (size, gap) in enumerate(zip(x.shape[2:], gaps, strict=True)):
+        padded = size + widths[i] + widths[i + spatial]
+        if gap == 1 and own[i] > padded and extra[i + spatial] == own[i] - padded:
+            own[i], extra[i + spatial] = padded, 0
+    return _Windows(tuple(own), steps, gaps, widths, extra)
 
 
 def _overhang(
@@ -174,10 +182,10 @@ def max_pool(
     ceil_mode: int = 0,
     storage_order: int = 0,
 ) -> Tensor:
-    steps, gaps, widths, extra = _windows(x, kernel_shape, pads, strides, dilations, auto_pad, ceil_mode)
+    kernel, steps, gaps, widths, extra = _windows(x, kernel_shape, pads, strides, dilations, auto_pad, ceil_mode)
     values = x if x.is_floating_point() else x.float()  # codes of 8 bits
     padded = surround(values, [a + b for a, b in zip(widths, extra, strict=True)], -math.inf)
-    return MAX_POOLS[len(kernel_shape)](padded, tuple(kernel_shape), steps, 0, gaps).to(x.dtype)
+    return MAX_POOLS[len(kernel)](padded, kernel, steps, 0, gaps).to(x.dtype)
 
 
 @function("AveragePool")
@@ -193,11 +201,11 @@ def average_pool(
     count_include_pad: int = 0,
 ) -> Tensor:
     """Sums over windows by how many positions they hold, those of the padding included or not."""
-    steps, gaps, widths, extra = _windows(x, kernel_shape, pads, strides, dilations, auto_pad, ceil_mode)
+    kernel, steps, gaps, widths, extra = _windows(x, kernel_shape, pads, strides, dilations, auto_pad, ceil_mode)
 
     def sums(values: Tensor) -> Tensor:
-        ones = values.new_ones(values.shape[1], 1, *kernel_shape)
-        return CONVOLUTIONS[len(kernel_shape)](values, ones, None, steps, 0, gaps, values.shape[1])
+        ones = values.new_ones(values.shape[1], 1, *kernel)
+        return CONVOLUTIONS[len(kernel)](values, ones, None, steps, 0, gaps, values.shape[1])
 
     counted = x.new_ones(1, 1, *x.shape[2:])
     counted = surround(surround(counted, widths, 1.0 if count_include_pad else 0.0), extra)

@@ -141,6 +141,15 @@ def test_it_learns_and_the_best_state_is_kept(stored):
     assert (made == Y).mean() == shares[best]
 
 
+def test_weights_of_volumes_are_trained_too():
+    """Only those of images have a layout with channels last."""
+    x = RNG.normal(size=(32, 1, 4, 4, 4)).astype(np.float32)
+    view = torch.nn.Sequential(torch.nn.Conv3d(1, 4, 3), torch.nn.Flatten(), torch.nn.Linear(32, 2))
+    before = copy.deepcopy(view.state_dict())
+    found = finetune(view, data(x, (x.mean((1, 2, 3, 4)) > 0).astype(int)), Schedule(epochs=2, batch=8)).run()
+    assert found.losses[-1] < found.losses[0] and not torch.equal(before["0.weight"], view.state_dict()["0.weight"])
+
+
 def test_a_teacher_is_enough(stored):
     """Its answers are learnt without labels."""
     teacher = X @ RNG.normal(size=(6, 4)).astype(np.float32) * 3

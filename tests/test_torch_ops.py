@@ -188,6 +188,7 @@ for op in ("MaxPool", "AveragePool"):
     case(f"{op} ceil pads", op, X, ceil_mode=1, pads=[1, 0, 1, 1], kernel_shape=[3, 3], strides=[2, 3])
     case(f"{op} same upper", op, X, auto_pad="SAME_UPPER", **pool)
     case(f"{op} same lower", op, X, auto_pad="SAME_LOWER", **pool)
+    case(f"{op} over all", op, X, ceil_mode=1, pads=[0, 1, 0, 0], kernel_shape=[99, 99], strides=[99, 99])
     case(f"{op} 1d", op, normal(2, 3, 9), kernel_shape=[4])
     case(f"{op} 3d", op, normal(1, 2, 5, 4, 5), kernel_shape=[2, 2, 3], pads=[1, 0, 0, 0, 1, 0])
 case("MaxPool dilated", "MaxPool", X, kernel_shape=[2, 3], dilations=[3, 2])
