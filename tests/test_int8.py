@@ -575,6 +575,22 @@ def test_averages_that_count_their_padding(tmp_path):
     assert distance(run(found.after, inputs), optimised(found.after, tmp_path)[1](inputs)) <= 0.02
 
 
+@pytest.mark.parametrize(("pads", "coded"), [([0] * 4, True), ([1] * 4, False)])
+def test_averages_that_reach_beyond_what_they_count(pads, coded, tmp_path):
+    """onnxruntime's integer kernel counts what hangs over as padding; the mean over it all stays what ONNX says."""
+    net = Net("over")
+    x = net.relu(net.conv(net.input("x", ["N", 16, 10, 10]), 16, 16, 3, name="a", bias=True))
+    window = {"kernel_shape": [3, 3], "strides": [2, 2], "ceil_mode": 1, "count_include_pad": 1, "pads": pads}
+    x = net.node("AveragePool", x, name="avg", **window)
+    net.output(net.conv(x, 16, 16, 1, name="b"), ["N", 16, "H", "W"])
+    found = Lowered(net.model(), target=NARROW)
+    assert found.error() <= 0.08
+    kinds, optimal = optimised(found.after, tmp_path)
+    assert bool(kinds["QLinearAveragePool"]) == coded
+    inputs = feeds(found.proto, batch=4, seed=8)
+    assert distance(run(found.after, inputs), optimal(inputs)) <= 0.02
+
+
 def test_readers_that_no_kernel_of_ours_knows():
     """A foreign operator between layers, a branch that reads a coded tensor, and a Gemm that reads it transposed."""
     net = Net("readers")
