@@ -140,20 +140,7 @@ def computes(node: ir.Node, kernels: IntegerKernels, shapes: Mapping[str, tuple 
     if node.domain not in STANDARD_DOMAINS:
         return False
     means = "GlobalAveragePool" in kernels.computing and is_global_mean(node, shapes)
-    return (node.op_type in kernels.computing and not (counts_overhang(node) and _padded(node))) or means
-
-
-def counts_overhang(node: ir.Node) -> bool:
-    """A mean whose last windows may reach beyond the padding, and that counts the padding: by ONNX not what lies
-    beyond, but onnxruntime's integer kernel counts that too. Without padding nothing is to be counted, and all agree.
-    """
-    given, flags = node.attributes, ("ceil_mode", "count_include_pad")
-    return node.op_type == "AveragePool" and all(given.get_int(flag, 0) for flag in flags)
-
-
-def _padded(node: ir.Node) -> bool:
-    automatic = node.attributes.get_string("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-    return automatic or any(node.attributes.get_ints("pads", ()))
+    return node.op_type in kernels.computing or means
 
 
 def _operands(node: ir.Node) -> Sequence[ir.Value | None]:

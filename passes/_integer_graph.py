@@ -10,7 +10,7 @@ import onnx_ir as ir
 from effc import edit
 from effc.layers import bias_array, mean_inputs, output_axis
 from effc.model import Model
-from effc.placement import Placement, counts_overhang
+from effc.placement import Placement
 from effc.quantize import Affine, quantize_weight
 
 from ._integer_fit import Fit
@@ -59,8 +59,6 @@ class Lowering:
                 self._pair(value, ranges[value], self._origin(value, placement))
             else:
                 self._pass_on(value, source, ranges[source])
-        for node in filter(counts_overhang, placement.integer):
-            edit.set_attributes(self.model, node, count_include_pad=None)  # there is no padding
         for value, uses in readers.items():
             for node, index in uses:
                 if node in placement.passing:

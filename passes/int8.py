@@ -32,6 +32,7 @@ from ._integer_costs import layer_costs, sides
 from ._integer_fit import Fit
 from ._integer_graph import Lowering
 from ._output_ranges import output_ranges
+from ._overhang import pad_before
 from ._sensitivity import local_damage, output_damage
 from ._split_ranges import split_ranges
 
@@ -166,6 +167,8 @@ class Int8(Pass):
             lift_opset(model, OPSET)
             context.still_hold(before, model)
         static = [p.site for p in chosen if p.setting["form"] == "static"]
+        if static:
+            pad_before(model)
         if static and self.split:
             self._refine(model, static, context)
         lowering = Lowering(
